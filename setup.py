@@ -1,0 +1,35 @@
+"""Lists the packages of the three rooms and builds ``tigon._C`` through CMake, the only build recipe.
+
+Never imports torch, never reaches for the network, and never fails for want of CUDA unless
+``TIGON_BUILD=require`` asks for it.
+"""
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_namespace_packages, setup
+
+sys.path.insert(0, str(Path(__file__).parent / "build_tools"))
+from tigon_build import BuildNative, mode
+
+ROOMS = {"tigon": "python", "tigon.kernels": "kernels", "tigon.bench": "bench"}
+
+
+def packages():
+    """Every folder of every room, so that a new one needs no edit here."""
+    for name, room in ROOMS.items():
+        yield name
+        yield from (
+            f"{name}.{sub}" for sub in find_namespace_packages(room) if "__pycache__" not in sub
+        )
+
+
+setup(
+    packages=[*packages(), "tigon.csrc"],
+    package_data={
+        "tigon": ["py.typed"],
+        "tigon.csrc": ["*.cu", "*.cuh", "common/*.cuh"],
+    },
+    ext_modules=[] if mode() == "none" else [Extension("tigon._C", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildNative},
+)
