@@ -1,0 +1,50 @@
+"""Tigon: kernels for hybrid Mamba-2 / LatentMoE language models.
+
+``import tigon`` is quick: it imports neither torch nor Triton. Public names are loaded from their rooms at
+first use.
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+from tigon._version import __version__
+
+# In a checkout, `kernels/` and `bench/` lie beside `python/`, not inside it. They have no `__init__.py`, so
+# that a checkout never shadows another project's top-level `kernels` package; this line lets an editable
+# install find them as `tigon.kernels` and `tigon.bench`.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
+    __path__.append(str(_root))
+
+_rooms = {
+    "tigon.ops": (
+        "causal_conv1d",
+        "causal_conv1d_update",
+        "gated_rms_norm",
+        "rms_norm",
+        "ssd_scan",
+        "ssd_update",
+        "backend",
+        "batch_invariant",
+        "explain",
+    ),
+    "tigon.integrations": ("patch", "unpatch"),
+}
+_homes = {name: room for room, names in _rooms.items() for name in names}
+_submodules = ("integrations", "models", "modules", "ops")
+
+__all__ = ["__version__", *_homes, *_submodules]
+
+
+def __getattr__(name: str):
+    if name in _homes:
+        value = getattr(import_module(_homes[name]), name)
+        globals()[name] = value
+        return value
+    if name in _submodules:
+        return import_module(f"tigon.{name}")
+    raise AttributeError(f"module 'tigon' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

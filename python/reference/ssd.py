@@ -1,0 +1,575 @@
+"""Mamba-2 state-space duality (SSD) scan in plain PyTorch: the definition, then the chunked form.
+
+For every batch row and head, with group g = head // (h / g_count):
+
+    dt'_t = clamp(softplus(dt_t + dt_bias), dt_min, dt_max)          (softplus optional; identity above 20)
+    S_t   = exp(A dt'_t) S_{t-1} + dt'_t x_t B_t^T                    (p, n)
+    y_t   = (S_t C_t + D x_t) * silu(z_t)                             (p)
+
+Shapes: x, z, y (b,l,h,p); dt (b,l,h); A, dt_bias (h); D (h) or (h,p); B, C (b,l,g,n); states (b,h,p,n).
+Packed batches have b = 1 and cu_seqlens (s+1); their states are (s,h,p,n).
+
+`ssd_recurrence` is the oracle: run it in fp64. `ssd_forward` and `ssd_backward` compute the same in chunks
+(Dao and Gu 2024, "Transformers are SSMs", section 6) with matrix products; they serve as the CPU backend.
+A chunk is small enough to stay in cache. They accumulate in fp32 (fp64 for fp64 inputs) and hold:
+input dtype in, output dtype out. With `round_operands=True` they round to the io dtype exactly where a
+kernel feeds tensor cores; the error of that run against the oracle is the baseline for kernels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tigon.segments import segment_table
+
+CHUNK = 64  # tokens; 32 to 128 are within 10 % of each other on the CPU, 64 needs the least memory traffic
+
+
+def process_dt(
+    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float
+) -> Tensor:
+    """dt' = clamp(softplus(dt + dt_bias), dt_min, dt_max); softplus is the identity above 20."""
+    if dt_bias is not None:
+        dt = dt + dt_bias
+    if dt_softplus:
+        dt = F.softplus(dt, threshold=20.0)
+    return dt.clamp(dt_min, dt_max)
+
+
+def ssd_recurrence(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state_positions: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_min: float = 0.0,
+    dt_max: float = float("inf"),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token by token, straight from the formula; differentiable by autograd. Returns (y, final, states)."""
+    batch, length, heads, p = x.shape
+    n = B.shape[-1]
+    bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
+    wanted = [] if state_positions is None else state_positions.tolist()
+    dt = process_dt(dt, dt_bias, dt_softplus, dt_min, dt_max)
+    B = B.repeat_interleave(heads // B.shape[2], dim=2)
+    C = C.repeat_interleave(heads // C.shape[2], dim=2)
+    zeros = x.new_zeros(batch, heads, p, n)
+    rows, finals, seen = [], [], {}
+    for k, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        S = zeros
+        if initial_states is not None:
+            S = initial_states if cu_seqlens is None else initial_states[k : k + 1]
+        seen.setdefault(start, S)
+        for t in range(start, end):
+            decay = torch.exp(A * dt[:, t])[..., None, None]
+            S = decay * S + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
+            seen[t + 1] = S
+            rows.append((S * C[:, t, :, None, :]).sum(-1))
+        finals.append(S)
+    y = torch.stack(rows, 1) if rows else torch.zeros_like(x)
+    if D is not None:
+        y = y + (D if D.dim() == 2 else D[:, None]) * x
+    if z is not None:
+        y = y * F.silu(z)
+    states = torch.cat([seen[t] for t in wanted]) if wanted else zeros[:0]
+    return y, torch.cat(finals), states
+
+
+class _Dense:
+    """Chunks of a dense batch: slices, no copies."""
+
+    def __init__(self, x: Tensor, size: int):
+        self.batch, self.length = x.shape[:2]
+        self.size = size
+        self.rows = -(-self.length // size)
+        self.sequences = self.batch
+
+    def take(self, t: Tensor, c: int) -> Tensor:
+        return t[:, c * self.size : (c + 1) * self.size]
+
+    def mask_dt(self, dt: Tensor, c: int) -> Tensor:
+        return dt
+
+    def put(self, out: Tensor, c: int, value: Tensor) -> None:
+        out[:, c * self.size : (c + 1) * self.size] = value
+
+    def buffer(self, like: Tensor) -> Tensor:
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+    def trim(self, out: Tensor) -> Tensor:
+        return out
+
+    def enter(self, S: Tensor, initial: Tensor, c: int) -> Tensor:
+        return initial if c == 0 else S
+
+    def leave(self, S: Tensor, c: int, final: Tensor, states: Tensor) -> None:
+        if c == self.rows - 1:
+            final.copy_(S)
+
+    def leave_backward(self, dS: Tensor, c: int, dfinal: Tensor, dstates: Tensor) -> Tensor:
+        return dfinal if c == self.rows - 1 else dS
+
+    def enter_backward(self, dS: Tensor, c: int, dinitial: Tensor) -> None:
+        if c == 0:
+            dinitial.copy_(dS)
+
+
+class _Packed:
+    """Chunks of a packed batch (b = 1): rows of the segment table, gathered; nothing waits for the device.
+
+    Index `length` is a dummy token and index `sequences` a dummy sequence: places for what must not be kept.
+    """
+
+    def __init__(self, x: Tensor, size: int, cu_seqlens: Tensor, positions: Tensor | None):
+        self.length = x.shape[1]
+        self.sequences = cu_seqlens.numel() - 1
+        table = segment_table(cu_seqlens, self.length, size, positions)
+        self.rows = table.start.numel() if self.length else 0
+        tokens = table.start[:, None] + torch.arange(size, device=x.device)
+        self.valid = tokens < table.end[:, None]
+        self.index = torch.where(self.valid, tokens, self.length)
+        self.source = self.index.clamp(max=max(self.length - 1, 0))
+        self.sequence = table.sequence
+        self.first = table.first.bool()
+        self.last = torch.ones_like(self.first)
+        self.last[:-1] = table.sequence[1:] != table.sequence[:-1]
+        # Several requested positions may fall on one segment end: `slot` is one of them for each segment,
+        # or the dummy past the end; `slot_of` sends each position to that one. Position 0 has its own row.
+        wanted = table.at_position
+        self.slot = torch.full((self.rows + 1,), wanted.numel(), device=x.device)
+        at = torch.where(wanted >= 0, wanted, self.rows)
+        order = torch.arange(wanted.numel(), device=x.device)
+        self.slot.scatter_reduce_(0, at, order, "amin")
+        self.slot_of = self.slot[at]
+        self.slot[self.rows] = wanted.numel()
+        self.at_zero = wanted < 0
+
+    def take(self, t: Tensor, c: int) -> Tensor:
+        return t[:, self.source[c]]
+
+    def mask_dt(self, dt: Tensor, c: int) -> Tensor:
+        return torch.where(self.valid[c][:, None], dt, 0)  # dt' = 0: no decay, no input
+
+    def put(self, out: Tensor, c: int, value: Tensor) -> None:
+        out.index_copy_(1, self.index[c], value.to(out.dtype))
+
+    def buffer(self, like: Tensor) -> Tensor:
+        shape = (1, self.length + 1, *like.shape[2:])
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    def trim(self, out: Tensor) -> Tensor:
+        return out[:, : self.length]
+
+    def enter(self, S: Tensor, initial: Tensor, c: int) -> Tensor:
+        return torch.where(self.first[c], initial[self.sequence[c]], S)
+
+    def leave(self, S: Tensor, c: int, final: Tensor, states: Tensor) -> None:
+        final.index_copy_(0, self.sequence[c : c + 1], S)  # the last segment's state stays
+        states.index_copy_(0, self.slot[c : c + 1], S)
+
+    def leave_backward(self, dS: Tensor, c: int, dfinal: Tensor, dstates: Tensor) -> Tensor:
+        return torch.where(self.last[c], dfinal[self.sequence[c]], dS) + dstates[self.slot[c]]
+
+    def enter_backward(self, dS: Tensor, c: int, dinitial: Tensor) -> None:
+        row = torch.where(self.first[c], self.sequence[c], self.sequences)
+        dinitial.index_copy_(0, row[None], dS)
+
+
+def _cut(x, cu_seqlens, state_positions, size):
+    if cu_seqlens is None and state_positions is None:
+        return _Dense(x, size)
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, x.shape[1]], device=x.device)
+    return _Packed(x, size, cu_seqlens, state_positions)
+
+
+def _entry(initial_states, rows, heads, p, n, like, acc):
+    """Initial states in the accumulation dtype, with one dummy row at the end."""
+    out = torch.zeros(rows + 1, heads, p, n, dtype=acc, device=like.device)
+    if initial_states is not None:
+        out[:-1] = initial_states
+    return out
+
+
+class _Chunk:
+    """One chunk's tensors, batched over (batch, group, heads of the group = e): what both directions need."""
+
+    def __init__(self, cut, c, x, dt, A, B, C, dt_bias, dt_softplus, dt_min, dt_max, acc):
+        groups = B.shape[2]
+        self.raw_dt = cut.take(dt, c).to(acc)
+        self.dt = cut.mask_dt(process_dt(self.raw_dt, dt_bias, dt_softplus, dt_min, dt_max), c)
+        self.x = cut.take(x, c).to(acc)  # (b,q,h,p)
+        b, q, h, p = self.x.shape
+        self.shape = (b, groups, h // groups, q, p)
+        self.B = cut.take(B, c).to(acc).transpose(1, 2)  # (b,g,q,n)
+        self.C = cut.take(C, c).to(acc).transpose(1, 2)
+        self.cs = (self.dt * A).cumsum(1)  # (b,q,h), <= 0 and descending for A <= 0
+        self.total = self.cs[:, -1]  # (b,h)
+        self.to_end = torch.exp((self.total[:, None] - self.cs).clamp(max=0))  # (b,q,h)
+        self.from_start = torch.exp(self.cs)
+        cs = self.cs.transpose(1, 2)
+        self.decay = (cs[..., :, None] - cs[..., None, :]).clamp_(max=0).exp_().tril_()  # (b,h,q,q)
+        self.CB = self.C @ self.B.transpose(-1, -2)  # (b,g,q,q)
+
+    def mixing(self) -> Tensor:
+        """M[l,s] = C_l.B_s exp(cs_l - cs_s) dt'_s for s <= l: (b,g,e,q,q)."""
+        b, g, e, q, _ = self.shape
+        return (self.decay.view(b, g, e, q, q) * self.CB[:, :, None]).mul_(self.by_source(self.dt))
+
+    def by_source(self, t: Tensor) -> Tensor:
+        """(b,q,h) -> (b,g,e,1,q), to scale the columns of a (q,q) block."""
+        b, g, e, q, _ = self.shape
+        return t.transpose(1, 2).reshape(b, g, e, 1, q)
+
+    def heads(self, t: Tensor) -> Tensor:
+        """(b,q,h,p) -> (b,g,e,q,p) without a copy."""
+        b, g, e, q, _ = self.shape
+        return t.view(b, q, g, e, -1).permute(0, 2, 3, 1, 4)
+
+    def rows(self, t: Tensor) -> Tensor:
+        """(b,q,h,p) -> (b,g,q,e*p): the heads of a group side by side, one matrix product for all."""
+        b, g, e, q, p = self.shape
+        return t.view(b, q, g, e * p).transpose(1, 2)
+
+    def unrows(self, t: Tensor) -> Tensor:
+        """(b,g,q,e*p) -> (b,q,h,p)."""
+        b, g, e, q, p = self.shape
+        return t.transpose(1, 2).reshape(b, q, g * e, p)
+
+    def state_rows(self, S: Tensor) -> Tensor:
+        """(b,h,p,n) -> (b,g,e*p,n)."""
+        b, g, e, _, p = self.shape
+        return S.reshape(b, g, e * p, -1)
+
+
+def _scan_chunk(k: _Chunk, R: Tensor, low) -> Tensor:
+    """y of a chunk before D and z, from its entry state R (b,h,p,n): (b,q,h,p)."""
+    within = low(k.mixing()) @ k.heads(k.x)  # (b,g,e,q,p)
+    b, g, e, q, p = k.shape
+    y = within.permute(0, 3, 1, 2, 4).reshape(b, q, g * e, p)
+    before = k.unrows(k.C @ k.state_rows(low(R)).transpose(-1, -2))
+    return y.addcmul_(k.from_start[..., None], before)
+
+
+def _advance(k: _Chunk, R: Tensor, low) -> Tensor:
+    """Exit state of a chunk from its entry state."""
+    weighted = k.rows(low(k.x * (k.to_end * k.dt)[..., None]))  # (b,g,q,e*p)
+    added = (weighted.transpose(-1, -2) @ k.B).view(R.shape)
+    return added.add_(torch.exp(k.total)[..., None, None] * R)
+
+
+def _prepare(x, A, D, dt_bias, round_operands):
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    low = (lambda t: t.to(x.dtype).to(acc)) if round_operands else (lambda t: t)
+    skip = None if D is None else (D if D.dim() == 2 else D[:, None]).to(acc)
+    return acc, low, A.to(acc), skip, None if dt_bias is None else dt_bias.to(acc)
+
+
+def ssd_forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_positions: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    chunk_size: int = CHUNK,
+    round_operands: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunked scan. Returns y in x's dtype and, in fp32 (fp64), final states and states at positions.
+
+    A requested position's state is the one right after that many packed tokens: the state of the sequence that
+    holds the token before it. Position 0 gives the first sequence's initial state.
+    """
+    acc, low, A, skip, bias = _prepare(x, A, D, dt_bias, round_operands)
+    heads, p, n = x.shape[2], x.shape[3], B.shape[3]
+    cut = _cut(x, cu_seqlens, state_positions, CHUNK)
+    initial = _entry(initial_states, cut.sequences, heads, p, n, x, acc)
+    final = initial.clone()
+    wanted = 0 if state_positions is None else state_positions.numel()
+    states = torch.zeros(wanted + 1, heads, p, n, dtype=acc, device=x.device)
+    out = cut.buffer(x)
+    dense = isinstance(cut, _Dense)
+    S = initial[:-1] if dense else initial[:1]
+    for c in range(cut.rows):
+        k = _Chunk(cut, c, x, dt, A, B, C, bias, dt_softplus, dt_min, dt_max, acc)
+        R = cut.enter(S, initial[:-1] if dense else initial, c)
+        y = _scan_chunk(k, R, low)
+        if skip is not None:
+            y.addcmul_(skip, k.x)
+        if z is not None:
+            y.mul_(F.silu(cut.take(z, c).to(acc)))
+        cut.put(out, c, y)
+        S = _advance(k, R, low)
+        cut.leave(S, c, final[:-1] if dense else final, states)
+    if wanted:
+        states = torch.where(
+            cut.at_zero[:, None, None, None], initial[:1], states[cut.slot_of.clamp(max=wanted)]
+        )
+    else:
+        states = states[:0]
+    return cut.trim(out), final[:-1], states
+
+
+def ssd_backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    dstates: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_positions: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    chunk_size: int = CHUNK,
+    round_operands: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `ssd_forward`: (dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial), each in its input's dtype.
+
+    A first sweep finds every chunk's entry state again; a second one walks right to left. With dR' the
+    gradient of a chunk's exit state, W = M * (dy x^T), and v_s = dt'_s exp(cs_last - cs_s) x_s.(dR' B_s), the
+    gradient of a_t = A dt'_t is taken in the form without cancellation:
+
+        da_t = sum_{l >= t > s} W[l,s]  +  sum_{l >= t} exp(cs_l) dy_l.(R C_l)
+             + sum_{s < t} v_s  +  exp(cs_last) <R, dR'>
+    """
+    acc, low, A_acc, skip, bias = _prepare(x, A, D, dt_bias, round_operands)
+    batch, length, heads, p = x.shape
+    groups, n = B.shape[2], B.shape[3]
+    cut = _cut(x, cu_seqlens, state_positions, CHUNK)
+    dense = isinstance(cut, _Dense)
+    initial = _entry(initial_states, cut.sequences, heads, p, n, x, acc)
+    chunk_args = (x, dt, A_acc, B, C, bias, dt_softplus, dt_min, dt_max, acc)
+
+    entries = []
+    S = initial[:-1] if dense else initial[:1]
+    for c in range(cut.rows):
+        entries.append(cut.enter(S, initial[:-1] if dense else initial, c))
+        if c < cut.rows - 1:
+            S = _advance(_Chunk(cut, c, *chunk_args), entries[-1], low)
+
+    dx, ddt, dB, dC = (cut.buffer(t) for t in (x, dt, B, C))
+    dz = None if z is None else cut.buffer(z)
+    dA = torch.zeros(heads, dtype=acc, device=x.device)
+    ddt_bias = torch.zeros(heads, dtype=acc, device=x.device)
+    dD = torch.zeros(heads, p, dtype=acc, device=x.device)
+    exit_grad = _entry(dfinal, cut.sequences, heads, p, n, x, acc)
+    dinitial = exit_grad.clone()  # what an empty sequence keeps
+    wanted = 0 if state_positions is None else state_positions.numel()
+    state_grad = torch.zeros(wanted + 1, heads, p, n, dtype=acc, device=x.device)
+    if wanted and dstates is not None:
+        at_zero = cut.at_zero[:, None, None, None]
+        state_grad.index_add_(
+            0, cut.slot_of.clamp(max=wanted), dstates.to(acc).masked_fill(at_zero, 0)
+        )
+        state_grad[-1] = 0
+
+    dS = exit_grad[:-1] if dense else exit_grad[:1]
+    if dense:
+        exit_grad = exit_grad[:-1]
+    for c in reversed(range(cut.rows)):
+        k = _Chunk(cut, c, *chunk_args)
+        b, g, e, q, _ = k.shape
+        R = entries.pop()
+        dS = cut.leave_backward(dS, c, exit_grad, state_grad)
+        grad = cut.take(dy, c).to(acc)
+        if not dense:
+            grad = torch.where(cut.valid[c][:, None, None], grad, 0)
+        if z is not None:
+            y = _scan_chunk(k, R, low)
+            if skip is not None:
+                y.addcmul_(skip, k.x)
+            gate = cut.take(z, c).to(acc)
+            sig = torch.sigmoid(gate)
+            cut.put(dz, c, grad * y * sig * (1 + gate * (1 - sig)))
+            grad = low(grad * gate * sig)
+        if D is not None:
+            dD += (grad * k.x).sum((0, 1))
+
+        heads_x, heads_g = k.heads(k.x), k.heads(grad)
+        decayed = k.decay.view(b, g, e, q, q)
+        dot = heads_g @ heads_x.transpose(-1, -2)  # dy_l . x_s
+        decayed_dot = decayed * dot
+        by_dt = k.by_source(k.dt)
+        dCB = low(decayed_dot * by_dt).sum(2)
+        direct = decayed_dot.mul_(k.CB[:, :, None])  # d y.x / d dt'_s, per pair
+        W = direct * by_dt
+        mixing = low(k.mixing())
+
+        low_dS, low_R = low(dS), low(R)
+        back = k.unrows(k.B @ k.state_rows(low_dS).transpose(-1, -2))  # dR' B_s: (b,q,h,p)
+        ahead = k.unrows(k.C @ k.state_rows(low_R).transpose(-1, -2))  # R C_l
+        out = (mixing.transpose(-1, -2) @ heads_g).permute(0, 3, 1, 2, 4).reshape(b, q, heads, p)
+        out.addcmul_((k.dt * k.to_end)[..., None], back)
+        if skip is not None:
+            out.addcmul_(skip, grad)
+        cut.put(dx, c, out)
+
+        started = low(grad * k.from_start[..., None])
+        ending = low(k.x * (k.dt * k.to_end)[..., None])
+        chunk_dC = dCB @ k.B + k.rows(started) @ k.state_rows(low_R)
+        chunk_dB = dCB.transpose(-1, -2) @ k.C + k.rows(ending) @ k.state_rows(low_dS)
+        cut.put(dC, c, chunk_dC.transpose(1, 2))
+        cut.put(dB, c, chunk_dB.transpose(1, 2))
+
+        # The gradient of a = A dt', then of dt' and of the raw dt.
+        v = (k.x * back).sum(-1) * k.to_end  # (b,q,h), without its dt'
+        pairs = _rectangles(W).reshape(b, heads, q).transpose(1, 2)
+        off = (grad * ahead).sum(-1) * k.from_start
+        through = torch.exp(k.total) * (R * dS).sum((-1, -2))
+        vdt = v * k.dt
+        da = pairs + off.flip(1).cumsum(1).flip(1) + (vdt.cumsum(1) - vdt) + through[:, None]
+        dA += (da * k.dt).sum((0, 1))
+        chunk_ddt = direct.sum(-2).reshape(b, heads, q).transpose(1, 2) + v + da * A_acc
+        chunk_ddt = _through_dt(chunk_ddt, k.raw_dt, bias, dt_softplus, dt_min, dt_max)
+        if not dense:
+            chunk_ddt = torch.where(cut.valid[c][:, None], chunk_ddt, 0)
+        ddt_bias += chunk_ddt.sum((0, 1))
+        cut.put(ddt, c, chunk_ddt)
+
+        dR = (k.rows(started).transpose(-1, -2) @ k.C).view(R.shape)
+        dS = dR.add_(torch.exp(k.total)[..., None, None] * dS)
+        cut.enter_backward(dS, c, dinitial[:-1] if dense else dinitial)
+
+    dinitial = dinitial[:-1]
+    if wanted and dstates is not None:
+        dinitial[0] += dstates.to(acc).masked_fill(~at_zero, 0).sum(0)
+    return (
+        cut.trim(dx),
+        cut.trim(ddt),
+        dA.to(A.dtype),
+        cut.trim(dB),
+        cut.trim(dC),
+        None if D is None else (dD if D.dim() == 2 else dD.sum(-1)).to(D.dtype),
+        None if z is None else cut.trim(dz),
+        None if dt_bias is None else ddt_bias.to(dt_bias.dtype),
+        None if initial_states is None else dinitial.to(initial_states.dtype),
+    )
+
+
+def _rectangles(W: Tensor) -> Tensor:
+    """sum over l >= t > s of W[..., l, s], for every t: (..., q)."""
+    q = W.shape[-1]
+    before = torch.ones(q, q, dtype=W.dtype, device=W.device).triu_(1)  # [s, t] = 1 where s < t
+    return (W @ before).tril_().sum(-2)
+
+
+def _through_dt(grad, raw, bias, dt_softplus, dt_min, dt_max):
+    """Gradient of the raw dt from the gradient of dt' = clamp(softplus(raw + bias))."""
+    value = raw if bias is None else raw + bias
+    slope = None
+    if dt_softplus:
+        slope = torch.where(value > 20, 1.0, torch.sigmoid(value))
+        value = F.softplus(value, threshold=20.0)
+    grad = torch.where((value >= dt_min) & (value <= dt_max), grad, 0)
+    return grad if slope is None else grad * slope
+
+
+def ssd_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state_indices: Tensor | None,
+    num_tokens: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> Tensor:
+    """m steps of the recurrence on slot-indexed states, updated in place: x (b,m,h,p) -> y (b,m,h,p).
+
+    state (slots,h,p,n). Rows whose slot is out of [0, slots) are padding: zeros come out, nothing is touched.
+    Tokens from num_tokens[row] on are padding too.
+    """
+    acc, _, A, skip, bias = _prepare(x, A, D, dt_bias, False)
+    batch, m, heads, _ = x.shape
+    slots = state.shape[0]
+    dt = process_dt(dt.to(acc), bias, dt_softplus, dt_min, dt_max)
+    y = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    step = _Step(x, dt, A, B, C, skip, z, acc)
+    if state_indices is None and num_tokens is None:
+        S = state[:batch].to(acc)  # the state itself where the dtypes agree
+        for j in range(m):
+            y[:, j] = step.output(step.advance(S, j), j)
+        if S.dtype != state.dtype:
+            state[:batch] = S
+        return y
+    index = (
+        torch.arange(batch, device=x.device)
+        if state_indices is None
+        else state_indices.to(torch.int64)
+    )
+    live = (index >= 0) & (index < slots)
+    count = torch.full_like(index, m) if num_tokens is None else num_tokens.to(torch.int64)
+    count = torch.where(live, count, 0)
+    S = state[index.clamp(0, slots - 1)].to(acc)
+    for j in range(m):
+        active = (j < count)[:, None, None]
+        new = step.advance(S.clone(), j)
+        y[:, j] = torch.where(active, step.output(new, j), 0)
+        S = torch.where(active[..., None], new, S)
+    write_slots(state, S, index, live)
+    return y
+
+
+class _Step:
+    """One token of the recurrence, batched over rows."""
+
+    def __init__(self, x, dt, A, B, C, skip, z, acc):
+        self.x, self.dt, self.B, self.C, self.z = x, dt, B, C, z
+        self.A, self.skip, self.acc = A, skip, acc
+        self.per_group = x.shape[2] // B.shape[2]
+
+    def advance(self, S: Tensor, j: int) -> Tensor:
+        """S <- exp(A dt') S + dt' x B^T, in place."""
+        x, dt = self.x[:, j].to(self.acc), self.dt[:, j]
+        B = self.B[:, j].to(self.acc).repeat_interleave(self.per_group, 1)
+        S.mul_(torch.exp(dt * self.A)[..., None, None])
+        return S.addcmul_((dt[..., None] * x)[..., None], B[:, :, None])
+
+    def output(self, S: Tensor, j: int) -> Tensor:
+        """(S C + D x) silu(z)."""
+        C = self.C[:, j].to(self.acc).repeat_interleave(self.per_group, 1)
+        y = (S @ C[..., None]).squeeze(-1)
+        if self.skip is not None:
+            y.addcmul_(self.skip, self.x[:, j].to(self.acc))
+        if self.z is not None:
+            y.mul_(F.silu(self.z[:, j].to(self.acc)))
+        return y
+
+
+def write_slots(state: Tensor, new: Tensor, index: Tensor, live: Tensor) -> None:
+    """state[index[r]] = new[r] for live rows r, without waiting for the device.
+
+    Rows that are not live repeat the write of the first live one; with none live, row 0 writes back what it read.
+    """
+    anchor = live.to(torch.uint8).argmax(0, keepdim=True)
+    row = torch.where(live, torch.arange(index.numel(), device=index.device), anchor)
+    state.index_copy_(0, index[row].clamp(0, state.shape[0] - 1), new[row].to(state.dtype))
