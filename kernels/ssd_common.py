@@ -1,0 +1,101 @@
+"""Device functions that the SSD forward and backward walks share.
+
+Step sizes         dt' = clamp(softplus(dt + bias), dt_min, dt_max); softplus passes through above 20.
+Decays             cs_l = sum_{i<=l} A dt'_i inside a chunk, kept in units of log2 (A is multiplied by log2 e
+                   once a program), so that every decay is one exp2: decay(l <- s) = exp2(cs_l - cs_s).
+Segments           which tokens a program owns (see ``tigon.segments``): rows of a table on the device when the
+                   stream is packed, arithmetic when the batch is dense.
+Matrix products    ``dot`` feeds the tensor cores; the interpreter needs its bf16 operands upcast.
+
+Chunk vectors are fp32 of length Q. Masks say "this token is inside the segment"; loads outside it give 0.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a @ b in fp32 (acc may be None). UPCAST: in the interpreter, where bf16 operands give garbage."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + e^v), v above 20. Small e^v goes through 2 atanh(u / (2 + u)): log(1 + u) would keep no digits."""
+    u = tl.exp(tl.minimum(v, 20.0, propagate_nan=tl.PropagateNan.ALL))
+    s = u / (2.0 + u)
+    s2 = s * s
+    series = 2.0 * s * (1.0 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * (1 / 9)))))
+    return tl.where(v > 20.0, v, tl.where(u < 0.35, series, tl.log(1.0 + u)))
+
+
+@triton.jit
+def step_size(v, dt_min, dt_max, SOFTPLUS: tl.constexpr):
+    """dt' from v = dt + bias (fp32). NaN passes through the clamp."""
+    if SOFTPLUS:
+        v = softplus(v)
+    v = tl.maximum(v, dt_min, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, dt_max, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_head(ptr, head):
+    """fp32 scalar of a head's vector (A, D, dt_bias), 0 where the argument is None."""
+    if ptr is None:
+        return 0.0
+    else:
+        return tl.load(ptr + head).to(tl.float32)
+
+
+@triton.jit
+def load_step_size(ptr, stride, tokens, mask, bias, dt_min, dt_max, SOFTPLUS: tl.constexpr):
+    """dt' of a chunk, 0 outside the mask (so that a missing token neither decays nor adds).
+
+    ptr: the head's dt of the batch row; tokens (Q) int64; stride: elements from token to token (int64).
+    """
+    v = tl.load(ptr + tokens * stride, mask=mask, other=0.0).to(tl.float32) + bias
+    return tl.where(mask, step_size(v, dt_min, dt_max, SOFTPLUS), 0.0)
+
+
+@triton.jit
+def decay_limit(A):
+    """Largest exponent a decay may have: 0 where the maths says so (A <= 0), none otherwise."""
+    return tl.where(A <= 0.0, 0.0, float("inf"))
+
+
+@triton.jit
+def decay(exponent, limit):
+    """exp2(min(exponent, limit)): rounding in a cumulative sum never makes a decay grow. NaN stays NaN."""
+    return tl.exp2(tl.minimum(exponent, limit, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def segment_bounds(row, starts, ends, sequences, offsets, length, size, per_sequence):
+    """What program row `row` owns: (batch, start, end, sequence, first, last), all int64, tokens [start, end).
+
+    Packed (starts is a tensor): the row of the segment table; batch is 0; rows past the last segment are empty.
+    Dense (starts is None): every batch row is one sequence cut into `per_sequence` segments of `size` tokens.
+    first, last: whether the segment begins or ends its sequence.
+    """
+    row = row.to(tl.int64)
+    if starts is None:
+        sequence = row // per_sequence
+        part = row % per_sequence
+        start = part * size
+        end = tl.minimum(start + size, length)
+        return sequence, start, end, sequence, part == 0, part == per_sequence - 1
+    else:
+        sequence = tl.load(sequences + row)
+        start = tl.load(starts + row)
+        end = tl.load(ends + row)
+        # The dummy sequence of unused rows has no entry after its offset; such rows own no token.
+        used = end > start
+        first = row == tl.load(offsets + sequence)
+        last = row + 1 == tl.load(offsets + sequence + 1, mask=used, other=0)
+        return row * 0, start, end, sequence, first, last
