@@ -16,6 +16,8 @@ input dtype in, output dtype out. With `round_operands=True` they round to the i
 kernel feeds tensor cores; the error of that run against the oracle is the baseline for kernels.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,7 +64,7 @@ def ssd_recurrence(
     C = C.repeat_interleave(heads // C.shape[2], dim=2)
     zeros = x.new_zeros(batch, heads, p, n)
     rows, finals, seen = [], [], {}
-    for k, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for k, (start, end) in enumerate(pairwise(bounds)):
         S = zeros
         if initial_states is not None:
             S = initial_states if cu_seqlens is None else initial_states[k : k + 1]
@@ -356,8 +358,7 @@ def ssd_backward(
              + sum_{s < t} v_s  +  exp(cs_last) <R, dR'>
     """
     acc, low, A_acc, skip, bias = _prepare(x, A, D, dt_bias, round_operands)
-    batch, length, heads, p = x.shape
-    groups, n = B.shape[2], B.shape[3]
+    heads, p, n = x.shape[2], x.shape[3], B.shape[3]
     cut = _cut(x, cu_seqlens, state_positions, CHUNK)
     dense = isinstance(cut, _Dense)
     initial = _entry(initial_states, cut.sequences, heads, p, n, x, acc)
@@ -509,7 +510,7 @@ def ssd_update(
     Tokens from num_tokens[row] on are padding too.
     """
     acc, _, A, skip, bias = _prepare(x, A, D, dt_bias, False)
-    batch, m, heads, _ = x.shape
+    batch, m = x.shape[:2]
     slots = state.shape[0]
     dt = process_dt(dt.to(acc), bias, dt_softplus, dt_min, dt_max)
     y = torch.zeros_like(x, memory_format=torch.contiguous_format)
