@@ -1,4 +1,4 @@
-"""Lists the packages of the three rooms and builds ``tigon._C`` through CMake, the only build recipe.
+"""Lists the packages of the rooms; ``tigon._C`` is built by CMake, the only build recipe.
 
 Never imports torch, never reaches for the network, and never fails for want of CUDA unless
 ``TIGON_BUILD=require`` asks for it.
@@ -18,10 +18,8 @@ ROOMS = {"tigon": "python", "tigon.kernels": "kernels", "tigon.bench": "bench"}
 def packages():
     """Every folder of every room, so that a new one needs no edit here."""
     for name, room in ROOMS.items():
-        yield name
-        yield from (
-            f"{name}.{sub}" for sub in find_namespace_packages(room) if "__pycache__" not in sub
-        )
+        folders = find_namespace_packages(room, exclude=["*__pycache__*"])
+        yield from [name, *(f"{name}.{folder}" for folder in folders)]
 
 
 setup(

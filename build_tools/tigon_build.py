@@ -1,10 +1,11 @@
 """The PEP 517 backend and the ``build_ext`` command of Tigon.
 
-It is setuptools' backend with two additions: the tools that a native build needs are asked for only when
-there will be one, and CUDA's compiler comes from wheels only when the system has none.
+It is setuptools' backend with two additions: the tools that a native build needs are asked for
+only when there will be one, and CUDA's compiler comes from wheels only when the system has none.
 
-Environment: ``TIGON_BUILD`` = auto (build what this machine allows) | require (fail if the extension
-cannot be built) | none (pure Python); ``TIGON_CUDA_ARCHS`` = semicolon list; ``TIGON_BUILD_JOBS`` = int.
+Environment: ``TIGON_BUILD`` = auto (build what this machine allows), require (fail if the extension
+cannot be built) or none (pure Python); ``TIGON_CUDA_ARCHS`` = the architectures, separated by
+semicolons; ``TIGON_BUILD_JOBS`` = compilers at a time.
 """
 
 import importlib.util
@@ -57,7 +58,7 @@ def wheel_nvcc() -> str | None:
 
 
 def build_requirements() -> list[str]:
-    """What a native build needs beyond setuptools; CUDA's compiler only where the system has none."""
+    """What a native build needs beyond setuptools; nvcc only where the system has none."""
     if mode() == "none":
         return []
     tools = ["cmake>=3.25", "ninja", "pybind11>=2.12"]
@@ -74,7 +75,7 @@ def get_requires_for_build_editable(config_settings=None):
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    # setuptools reuses build/lib*, where a module that was deleted since would live on in the wheel.
+    # setuptools reuses build/lib*, where a module deleted since would live on in the wheel.
     for stale in (ROOT / "build").glob("lib*"):
         shutil.rmtree(stale)
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
@@ -152,7 +153,7 @@ class BuildNative(build_ext):
 
 
 def tool(name: str) -> str | None:
-    """A program of the build environment (whose ``bin`` pip puts first on PATH), or beside Python."""
+    """A program of the build environment (its ``bin`` is first on PATH), or beside Python."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
@@ -186,15 +187,16 @@ def first_error(output: str) -> str:
 
 def report(record: dict) -> None:
     """Six lines on what was built; to the terminal too, because pip hides a build's output."""
-    state = "built" if record["built"] else "not built"
+    built = record["built"]
     lines = [
         f"Tigon, TIGON_BUILD={record['mode']}:",
         "  Python and Triton kernels   included",
-        f"  CUDA extension tigon._C     {state}"
-        + (f" in {record['seconds']:.0f} s" * record["built"]),
-        f"  architectures               {record['archs'] if record['built'] else 'none'}",
+        f"  CUDA extension tigon._C     {'built' if built else 'not built'}",
+        f"  architectures               {record['archs'] if built else 'none'}",
         f"  nvcc                        {record['nvcc'] or 'none found'}",
-        f"  {'next: tigon doctor' if record['built'] else 'why: ' + record['why']}",
+        f"  time                        {record['seconds']} s"
+        if built
+        else f"  why: {record['why']}",
     ]
     text = "\n".join(lines) + "\n"
     print(text, flush=True)

@@ -1,0 +1,50 @@
+"""The ``tigon`` command.
+
+A subcommand is one line of ``COMMANDS`` and a module with ``add_arguments(parser)`` and
+``run(args) -> int``; the module is imported only when its command is asked for, so that
+``tigon doctor`` works where torch does not.
+"""
+
+import argparse
+import sys
+from importlib import import_module
+
+from tigon._version import __version__
+
+OK, USAGE, WRONG_RESULT, SLOWER, ENVIRONMENT = range(5)  # exit codes of every subcommand
+
+COMMANDS = {
+    "doctor": ("what works on this machine, what does not, and the fix", "tigon.cli.doctor"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a usage error is exit code 1: 2 means a wrong result here."""
+
+    def error(self, message):
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"{self.prog}: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's) and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(prog="tigon", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"tigon {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        for name, (summary, module_name) in COMMANDS.items():
+            command = commands.add_parser(name, help=summary, description=summary)
+            if name == chosen:
+                module = import_module(module_name)
+                module.add_arguments(command)
+        args = parser.parse_args(argv)
+        return module.run(args)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("tigon"):
+            raise
+        sys.stderr.write(f"tigon {chosen} needs the package {error.name!r}; see: tigon doctor\n")
+        return ENVIRONMENT
+    except KeyboardInterrupt:
+        return 130
