@@ -1,0 +1,34 @@
+// The list of kernels that a program offers by name; host code, absent under NVRTC.
+//
+// Each .cu ends with a function that returns its own rows; bindings.cpp joins them. A row's name is
+// the C++ name of the instance, which is also what NVRTC is asked for when there is no extension.
+#pragma once
+
+#ifndef __CUDACC_RTC__
+
+#include <cstddef>
+#include <vector>
+
+namespace tigon {
+
+struct Kernel {
+    const char* name;
+    const void* function;
+    std::size_t parameter_bytes;  // of the one struct that the kernel takes by value
+};
+
+using KernelTable = std::vector<Kernel>;
+
+KernelTable conv1d_update_kernels();
+KernelTable ssd_update_kernels();
+
+inline KernelTable all_kernels() {
+    KernelTable all;
+    for (const KernelTable& part : {conv1d_update_kernels(), ssd_update_kernels()})
+        all.insert(all.end(), part.begin(), part.end());
+    return all;
+}
+
+}  // namespace tigon
+
+#endif

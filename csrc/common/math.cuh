@@ -1,0 +1,29 @@
+// Scalar functions and warp reductions in fp32. A NaN stays a NaN in all of them.
+#pragma once
+
+#include "platform.cuh"
+
+namespace tigon {
+
+// log(1 + e^x); above 20 it equals x to fp32.
+__device__ __forceinline__ float softplus(float x) {
+    return x > 20.0f ? x : log1pf(expf(x));
+}
+
+__device__ __forceinline__ float silu(float x) {
+    return x / (1.0f + expf(-x));
+}
+
+// fminf and fmaxf would turn a NaN into a limit.
+__device__ __forceinline__ float clamp(float x, float low, float high) {
+    return x < low ? low : (x > high ? high : x);
+}
+
+// The sum over `lanes` (a power of two) neighbouring lanes, in all of them, in a fixed order.
+__device__ __forceinline__ float sum_lanes(float value, int lanes) {
+    for (int offset = lanes / 2; offset > 0; offset /= 2)
+        value += __shfl_xor_sync(kWholeWarp, value, offset);
+    return value;
+}
+
+}  // namespace tigon

@@ -1,0 +1,305 @@
+// The Mamba-2 recurrence for 1 to 16 new tokens, on a slot-indexed state that is updated in place.
+//
+//   dt' = clamp(softplus(dt + dt_bias), dt_min, dt_max)      softplus and bias optional
+//   S   = exp(A dt') S + dt' x B^T                           S (p,n), one per head
+//   y   = (S C + D x) * silu(z)                              D and z optional
+//
+// state (slots,h,p,n); x, z, y (b,m,h,p); dt (b,m,h); A, dt_bias (h); B, C (b,m,g,n); D (h)|(h,p).
+// Rows past num_tokens[b] and rows without a valid slot get y = 0; without a token the state is
+// not touched. Two rows of a call must not share a slot.
+//
+// A decode step is bytes: the state is read once and written once. A block owns `rows` rows of p of
+// one head. A group of `lanes` lanes owns kRows of those rows; a lane holds 16 elements of n of
+// each of them in registers through all tokens: 128 bytes of state a thread in flight at once. x,
+// z, B, C and the decays of all tokens are staged in shared memory as fp32 while the state is on
+// its way.
+//
+// Which lane adds which elements depends on n and the formats alone, never on the batch, m,
+// alignment or strides, so a row's bits do not either.
+#include "common/math.cuh"
+#include "common/types.cuh"
+
+namespace tigon {
+
+constexpr int kElements = 16;  // of n, a lane
+constexpr int kThreads = 128;  // at most
+
+struct SsdUpdate {
+    void* state;
+    const void* x;
+    const void* dt;
+    const void* A;
+    const void* B;
+    const void* C;
+    const void* D;             // may be null
+    const void* z;             // may be null
+    const void* dt_bias;       // may be null
+    const int* state_indices;  // null: row b uses slot b
+    const int* num_tokens;     // null: every row has `tokens`
+    void* y;                   // contiguous
+    int64 slots, state_stride_slot;
+    int64 x_stride_batch, x_stride_token, z_stride_batch, z_stride_token;
+    int64 B_stride_batch, B_stride_token, C_stride_batch, C_stride_token;
+    int64 dt_stride_batch, dt_stride_token, dt_stride_head;
+    int64 D_stride_head, D_stride_p;
+    int tokens, heads, groups, p, n;
+    int lanes, rows;  // lanes a row of p; rows of p a block
+    int dt_dtype, A_dtype, D_dtype, dt_bias_dtype;
+    int dt_softplus, staging_vectors;
+    float dt_min, dt_max;
+    int unused;
+};
+
+// Shared memory, in floats; python/native.py counts the same.
+struct Staged {
+    float *B, *C;       // (tokens, n_padded), see place()
+    float *x, *gate;    // (tokens, rows); gate = silu(z) or 1
+    float *dt, *decay;  // (tokens)
+    int n_padded;
+
+    __device__ Staged(float* memory, const SsdUpdate& a) {
+        n_padded = (a.n + 7) / 8 * 8;
+        B = memory;
+        C = B + a.tokens * n_padded;
+        x = C + a.tokens * n_padded;
+        gate = x + a.tokens * a.rows;
+        dt = gate + a.tokens * a.rows;
+        decay = dt + a.tokens;
+    }
+};
+
+// Where element k of B or C lies. A lane of a 16-bit state needs 8 neighbours, two 16-byte reads;
+// with the odd quads in a half of their own, 8 lanes read 128 bytes in a row, without conflicts.
+template <int kWidth>
+__device__ __forceinline__ int place(int k, int n_padded) {
+    return kWidth == 4 ? k : (k & 4 ? n_padded / 2 : 0) + k / 8 * 4 + k % 4;
+}
+
+template <typename Io, int kWidth>
+__device__ void stage_BC(const SsdUpdate& a, const Staged& staged, const Io* B, const Io* C,
+                         int tokens) {
+    if (a.staging_vectors) {
+        constexpr int kStep = kVector<Io>;
+        const int steps = a.n / kStep;
+        for (int i = threadIdx.x; i < tokens * steps; i += blockDim.x) {
+            const int t = i / steps, k = i % steps * kStep;
+            float b[kStep], c[kStep];
+            load_vector(B + t * a.B_stride_token + k, b);
+            load_vector(C + t * a.C_stride_token + k, c);
+#pragma unroll
+            for (int j = 0; j < kStep; j += 4) {
+                const int at = t * staged.n_padded + place<kWidth>(k + j, staged.n_padded);
+                *reinterpret_cast<float4*>(staged.B + at) =
+                    make_float4(b[j], b[j + 1], b[j + 2], b[j + 3]);
+                *reinterpret_cast<float4*>(staged.C + at) =
+                    make_float4(c[j], c[j + 1], c[j + 2], c[j + 3]);
+            }
+        }
+    } else {
+        for (int i = threadIdx.x; i < tokens * a.n; i += blockDim.x) {
+            const int t = i / a.n, k = i % a.n;
+            const int at = t * staged.n_padded + place<kWidth>(k, staged.n_padded);
+            staged.B[at] = to_float(B[t * a.B_stride_token + k]);
+            staged.C[at] = to_float(C[t * a.C_stride_token + k]);
+        }
+    }
+}
+
+// dt' and exp(A dt') of each token: one thread a token.
+__device__ __forceinline__ void stage_steps(const SsdUpdate& a, const Staged& staged, int64 row,
+                                            int head, int tokens) {
+    const int t = threadIdx.x;
+    if (t >= tokens) return;
+    float dt =
+        load_as(a.dt, row * a.dt_stride_batch + t * a.dt_stride_token + head * a.dt_stride_head,
+                a.dt_dtype);
+    if (a.dt_bias) dt += load_as(a.dt_bias, head, a.dt_bias_dtype);
+    if (a.dt_softplus) dt = softplus(dt);
+    dt = clamp(dt, a.dt_min, a.dt_max);
+    staged.dt[t] = dt;
+    staged.decay[t] = expf(load_as(a.A, head, a.A_dtype) * dt);
+}
+
+template <typename Io>
+__device__ __forceinline__ void stage_x(const SsdUpdate& a, const Staged& staged, const Io* x,
+                                        const Io* z, int first_row, int tokens) {
+    for (int i = threadIdx.x; i < tokens * a.rows; i += blockDim.x) {
+        const int t = i / a.rows, row = first_row + i % a.rows;
+        const bool inside = row < a.p;
+        staged.x[i] = inside ? to_float(x[t * a.x_stride_token + row]) : 0.0f;
+        staged.gate[i] = z && inside ? silu(to_float(z[t * a.z_stride_token + row])) : 1.0f;
+    }
+}
+
+// What a lane holds of the state: kRows rows of p, in each kChunks runs of kWidth elements of n.
+template <typename State, bool kVectors>
+struct Tile {
+    static constexpr int kWidth = kVector<State>;
+    static constexpr int kChunks = kElements / kWidth;
+    static constexpr int kRows = 128 / (kElements * sizeof(State));
+
+    float value[kRows][kChunks][kWidth];
+    int lane, row, row_step, lanes, p, n;  // rows row, row + row_step, ...
+
+    __device__ Tile(const SsdUpdate& a, int first_row)
+        : lane(threadIdx.x % a.lanes),
+          row(first_row + threadIdx.x / a.lanes),
+          row_step(blockDim.x / a.lanes),
+          lanes(a.lanes),
+          p(a.p),
+          n(a.n) {}
+
+    __device__ int column(int chunk) const { return (chunk * lanes + lane) * kWidth; }
+    // With 16-byte accesses n is a multiple of kWidth, and a run is inside whole or not at all.
+    __device__ bool holds(int column, int i) const { return kVectors || column + i < n; }
+
+    __device__ void load(const State* state) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) {
+                const int k = column(c);
+#pragma unroll
+                for (int i = 0; i < kWidth; ++i) value[r][c][i] = 0.0f;
+                if (row + r * row_step >= p || k >= n) continue;
+                const State* from = state + (row + r * row_step) * n + k;
+                if constexpr (kVectors) {
+                    load_vector(from, value[r][c]);
+                } else {
+#pragma unroll
+                    for (int i = 0; i < kWidth; ++i)
+                        if (holds(k, i)) value[r][c][i] = to_float(from[i]);
+                }
+            }
+        }
+    }
+
+    __device__ void store(State* state) const {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) {
+                const int k = column(c);
+                if (row + r * row_step >= p || k >= n) continue;
+                State* to = state + (row + r * row_step) * n + k;
+                if constexpr (kVectors) {
+                    store_vector(to, value[r][c]);
+                } else {
+#pragma unroll
+                    for (int i = 0; i < kWidth; ++i)
+                        if (holds(k, i)) to[i] = from_float<State>(value[r][c][i]);
+                }
+            }
+        }
+    }
+
+    // S = decay S + input B^T for one token, and this lane's part of S C.
+    __device__ void step(const float* B, const float* C, int n_padded, float decay,
+                         const float (&input)[kRows], float (&dot)[kRows]) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) dot[r] = 0.0f;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+            const int k = column(c);
+            if (k >= n) continue;
+#pragma unroll
+            for (int q = 0; q < kWidth; q += 4) {
+                const int at = place<kWidth>(k + q, n_padded);
+                const float4 b4 = *reinterpret_cast<const float4*>(B + at);
+                const float4 c4 = *reinterpret_cast<const float4*>(C + at);
+                const float b[4] = {b4.x, b4.y, b4.z, b4.w}, w[4] = {c4.x, c4.y, c4.z, c4.w};
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        if (!holds(k, q + i)) continue;
+                        float& s = value[r][c][q + i];
+                        s = decay * s + input[r] * b[i];
+                        dot[r] += s * w[i];
+                    }
+                }
+            }
+        }
+    }
+};
+
+template <typename Io, typename State, bool kVectors>
+__global__ void __launch_bounds__(kThreads) ssd_update(const SsdUpdate a) {
+    using StateTile = Tile<State, kVectors>;
+    constexpr int kRows = StateTile::kRows;
+
+    const int64 row = blockIdx.x / a.heads;
+    const int head = blockIdx.x % a.heads, group = head / (a.heads / a.groups);
+    const int first_row = blockIdx.y * a.rows;
+    const int64 slot = a.state_indices ? a.state_indices[row] : row;
+    const bool valid = slot >= 0 && slot < a.slots;
+    const int tokens =
+        !valid ? 0 : (a.num_tokens ? min(max(a.num_tokens[row], 0), a.tokens) : a.tokens);
+
+    Io* y = static_cast<Io*>(a.y) + (row * a.tokens * a.heads + head) * a.p;
+    const int64 y_stride = int64(a.heads) * a.p;
+    const int own = min(a.rows, a.p - first_row);
+    for (int i = threadIdx.x; i < (a.tokens - tokens) * own; i += blockDim.x)
+        y[(tokens + i / own) * y_stride + first_row + i % own] = from_float<Io>(0.0f);
+    if (tokens == 0) return;
+
+    State* state =
+        static_cast<State*>(a.state) + slot * a.state_stride_slot + int64(head) * a.p * a.n;
+    StateTile tile(a, first_row);
+    tile.load(state);
+
+    const Staged staged(shared_memory(), a);
+    stage_BC<Io, StateTile::kWidth>(
+        a, staged, static_cast<const Io*>(a.B) + row * a.B_stride_batch + group * a.n,
+        static_cast<const Io*>(a.C) + row * a.C_stride_batch + group * a.n, tokens);
+    stage_x(a, staged, static_cast<const Io*>(a.x) + row * a.x_stride_batch + head * a.p,
+            a.z ? static_cast<const Io*>(a.z) + row * a.z_stride_batch + head * a.p : nullptr,
+            first_row, tokens);
+    stage_steps(a, staged, row, head, tokens);
+
+    float D[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        const int own_row = tile.row + r * tile.row_step;
+        D[r] = a.D && own_row < a.p
+                   ? load_as(a.D, head * a.D_stride_head + own_row * a.D_stride_p, a.D_dtype)
+                   : 0.0f;
+    }
+    __syncthreads();
+
+    for (int t = 0; t < tokens; ++t) {
+        const int at = t * a.rows + tile.row - first_row;
+        float input[kRows], dot[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) input[r] = staged.dt[t] * staged.x[at + r * tile.row_step];
+        tile.step(staged.B + t * staged.n_padded, staged.C + t * staged.n_padded, staged.n_padded,
+                  staged.decay[t], input, dot);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            const int own_row = tile.row + r * tile.row_step;
+            float sum = sum_lanes(dot[r], a.lanes);
+            if (tile.lane != 0 || own_row >= a.p) continue;
+            if (a.D) sum += D[r] * staged.x[at + r * tile.row_step];
+            y[t * y_stride + own_row] = from_float<Io>(sum * staged.gate[at + r * tile.row_step]);
+        }
+    }
+    tile.store(state);
+}
+
+#ifndef __CUDACC_RTC__
+#define TIGON_ROW(Io, State, Vectors)                                               \
+    table_row("tigon::ssd_update<tigon::" #Io ", tigon::" #State ", " #Vectors ">", \
+              ssd_update<Io, State, Vectors>)
+#define TIGON_ROWS(Io)                                                              \
+    TIGON_ROW(Io, f32, true), TIGON_ROW(Io, f32, false), TIGON_ROW(Io, bf16, true), \
+        TIGON_ROW(Io, bf16, false), TIGON_ROW(Io, f16, true), TIGON_ROW(Io, f16, false)
+
+KernelTable ssd_update_kernels() {
+    return {TIGON_ROWS(f32), TIGON_ROWS(bf16), TIGON_ROWS(f16)};
+}
+
+#undef TIGON_ROWS
+#undef TIGON_ROW
+#endif
+
+}  // namespace tigon
