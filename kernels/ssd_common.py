@@ -6,6 +6,7 @@ Decays             cs_l = sum_{i<=l} A dt'_i inside a chunk, kept in units of lo
 Segments           which tokens a program owns (see ``tigon.segments``): rows of a table on the device when the
                    stream is packed, arithmetic when the batch is dense.
 Matrix products    ``dot`` feeds the tensor cores; the interpreter needs its bf16 operands upcast.
+Rounding           ``narrow`` rounds fp32 to the io dtype; the interpreter alone would cut bf16 off.
 
 Chunk vectors are fp32 of length Q. Masks say "this token is inside the segment"; loads outside it give 0.
 """
@@ -23,6 +24,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(v, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """fp32 -> DTYPE, to nearest even. UPCAST: in the interpreter, whose own cast to bf16 truncates."""
+    if UPCAST:
+        bits = v.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
+    return v.to(DTYPE)
 
 
 @triton.jit
