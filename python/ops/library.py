@@ -1,0 +1,57 @@
+"""Registration of ops with torch.library: schema, implementation, fake, autocast, autograd."""
+
+from collections.abc import Callable
+
+import torch
+
+LIBRARY = torch.library.Library("tigon", "DEF")
+
+
+def register(
+    schema: str, implementation: Callable, fake: Callable, autocast: tuple[str, ...] = ()
+) -> None:
+    """Define `tigon::<schema>`. autocast: the arguments that take the autocast dtype under torch.autocast."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tigon::{name}", fake, lib=LIBRARY)
+    if autocast:
+        positions = [
+            i
+            for i, arg in enumerate(getattr(torch.ops.tigon, name).default._schema.arguments)
+            if arg.name in autocast
+        ]
+        for device in ("cpu", "cuda"):
+            LIBRARY.impl(name, _autocast(name, device, positions), f"Autocast{device.upper()}")
+
+
+def _autocast(name: str, device: str, positions: list[int]) -> Callable:
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def kernel(*args):
+        dtype = torch.get_autocast_dtype(device)
+        args = list(args)
+        for i in positions:
+            t = args[i] if i < len(args) else None
+            if t is not None and t.is_floating_point() and t.dtype not in (dtype, torch.float64):
+                args[i] = t.to(dtype)
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return getattr(torch.ops.tigon, name)(*args)
+
+    return kernel
+
+
+def differentiable(name: str, backward: Callable, setup: Callable) -> None:
+    """Give `tigon::<name>` its gradient."""
+    torch.library.register_autograd(f"tigon::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def once_differentiable(name: str) -> None:
+    """A backward op has no gradient of its own: double backward raises and says so."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"tigon::{name}: double backward is not supported")
+
+    torch.library.register_autograd(
+        f"tigon::{name}", refuse, setup_context=lambda ctx, inputs, output: None, lib=LIBRARY
+    )

@@ -1,0 +1,320 @@
+"""Mamba-2 state-space duality: `ssd_scan` over sequences and `ssd_update`, the decode step.
+
+    dt'_t = clamp(softplus(dt_t + dt_bias), *dt_limit)          (softplus if dt_softplus; identity above 20)
+    S_t   = exp(A dt'_t) S_{t-1} + dt'_t x_t B_t^T
+    y_t   = (S_t C_t + D x_t) * silu(z_t)
+
+Source: Dao and Gu 2024, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured
+State Space Duality" (arXiv 2405.21060). Head i uses group i // (h / g).
+"""
+
+import torch
+from torch import Tensor
+
+from tigon.ops.checks import INDEX, Check, activation_dtypes, beside_dtypes, inner_is_strided
+from tigon.ops.dispatch import call, inner, is_batch_invariant, run
+from tigon.ops.library import differentiable, once_differentiable, register
+
+MAX_DIM = 256  # of p and n: one program keeps a (p tile, n) state in registers
+MAX_STEP = 16  # tokens a call of ssd_update
+
+_SCAN_ARGUMENTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "Tensor? initial_states, Tensor? cu_seqlens, Tensor? state_positions, "
+    "bool dt_softplus, float dt_min, float dt_max, int chunk_size"
+)
+
+
+def _scan(x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, positions, *rest):
+    args = (x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, positions, *rest)
+    if x.shape[0] > 1 and is_batch_invariant():
+        outs = [run("ssd_scan", x, *_row(args, i)) for i in range(x.shape[0])]
+        return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
+    return run("ssd_scan", x, *args)
+
+
+_BATCHED = (0, 1, 3, 4, 6, 8)  # x, dt, B, C, z, initial_states: arguments with a batch dimension
+
+
+def _row(args: tuple, i: int) -> tuple:
+    """The arguments of batch row i alone."""
+    return tuple(a[i : i + 1] if k in _BATCHED and a is not None else a for k, a in enumerate(args))
+
+
+def _scan_fake(x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, positions, *rest):
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = (x.shape[2], x.shape[3], B.shape[3])
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wanted = 0 if positions is None else positions.shape[0]
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty((sequences, *state), dtype=acc),
+        x.new_empty((wanted, *state), dtype=acc),
+    )
+
+
+def _scan_backward(dy, dfinal, dstates, x, *rest):
+    grads = run("ssd_scan_backward", x, dy, dfinal, dstates, x, *rest)
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+def _scan_backward_fake(dy, dfinal, dstates, x, dt, A, B, C, D, z, dt_bias, initial, *rest):
+    inputs = (x, dt, A, B, C, D, z, dt_bias, initial)
+    return tuple(
+        x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in inputs
+    )
+
+
+def _scan_setup(ctx, inputs, output):
+    *tensors, ctx.dt_softplus, ctx.dt_min, ctx.dt_max, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _scan_autograd(ctx, dy, dfinal, dstates):
+    x, *rest = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(x)
+    grads = torch.ops.tigon.ssd_scan_backward(
+        inner("dy", dy, 2),
+        None if dfinal is None else dfinal.contiguous(),
+        None if dstates is None else dstates.contiguous(),
+        *(x, *rest),
+        ctx.dt_softplus,
+        ctx.dt_min,
+        ctx.dt_max,
+        ctx.chunk_size,
+    )
+    given = (x, *rest[:8])
+    grads = [g if t is not None else None for g, t in zip(grads, given, strict=True)]
+    return (*grads, None, None, None, None, None, None)
+
+
+register(
+    f"ssd_scan({_SCAN_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _scan,
+    _scan_fake,
+    autocast=("x", "B", "C", "z"),
+)
+register(
+    f"ssd_scan_backward(Tensor dy, Tensor? dfinal, Tensor? dstates, {_SCAN_ARGUMENTS}) -> "
+    f"({', '.join(['Tensor'] * 9)})",
+    _scan_backward,
+    _scan_backward_fake,
+)
+differentiable("ssd_scan", _scan_autograd, _scan_setup)
+once_differentiable("ssd_scan_backward")
+
+
+def _check_common(check, x, dt, A, B, C, D, z, dt_bias, dt_limit, rows: str) -> tuple[float, float]:
+    beside = beside_dtypes(x)
+    check.tensor("dt", dt, f"{rows} h", dtypes=beside)
+    check.tensor("A", A, "h", dtypes=beside)
+    check.tensor("B", B, f"{rows} g n", dtypes=activation_dtypes(x))
+    check.tensor("C", C, f"{rows} g n", dtypes=activation_dtypes(x))
+    check.one_of("D", D, "h", "h p", dtypes=beside, optional=True)
+    check.tensor("z", z, f"{rows} h p", dtypes=activation_dtypes(x), optional=True)
+    check.tensor("dt_bias", dt_bias, "h", dtypes=beside, optional=True)
+    check.divides("g", "h")
+    check.at_most("p", MAX_DIM)
+    check.at_most("n", MAX_DIM)
+    low, high = (float(v) for v in dt_limit)
+    check.require(
+        0 <= low <= high, f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit}"
+    )
+    return low, high
+
+
+def _mixed(x: Tensor) -> tuple[torch.dtype, ...]:
+    """Activations share a dtype; under autocast any float will do, it is cast with x."""
+    return FLOATS if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    chunk_size: int = 128,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    initial_states: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_states: bool = False,
+    state_positions: Tensor | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Mamba-2 scan of whole sequences (formula at the top of the module), differentiable in every float input.
+
+    Args:
+        x: (b,l,h,p) fp32, bf16 or fp16 (fp64 on the reference); p at most 256.
+        dt: (b,l,h) time steps, x's dtype or fp32, any strides.
+        A: (h) decay rates, negative in a trained model, x's dtype or fp32.
+        B, C: (b,l,g,n) in x's dtype; g divides h; n at most 256.
+        chunk_size: accepted for compatibility; the result does not depend on it beyond rounding.
+        D: (h) or (h,p) skip connection, x's dtype or fp32.
+        z: (b,l,h,p) gate, in x's dtype.
+        dt_bias: (h), added to dt before softplus.
+        dt_softplus: apply softplus to dt + dt_bias.
+        dt_limit: (low, high) to which the time step is clamped afterwards.
+        initial_states: (b,h,p,n), any float dtype; with cu_seqlens (s,h,p,n), one for each sequence.
+        cu_seqlens: (s+1) int32 or int64 bounds of s packed sequences; then b = 1. Empty sequences are fine.
+        return_final_states: also return the state after each sequence's last token.
+        state_positions: (i) int64, token counts in packed coordinates (b = 1); also return the states right
+            after that many tokens: of the sequence that holds the token before the position; at 0 the first
+            sequence's initial state.
+
+    Returns:
+        y like x (contiguous); then, if asked for, final states (b,h,p,n) or (s,h,p,n) in fp32, and states
+        (i,h,p,n) in fp32. All three carry gradients.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or range, by name.
+    """
+    check = Check("ssd_scan")
+    check.tensor("x", x, "b l h p")
+    low, high = _check_common(check, x, dt, A, B, C, D, z, dt_bias, dt_limit, "b l")
+    b, length = x.shape[:2]
+    check.require(
+        isinstance(chunk_size, int) and chunk_size > 0,
+        f"chunk_size must be positive, got {chunk_size}",
+    )
+    packed = cu_seqlens is not None
+    if packed:
+        check.tensor("cu_seqlens", cu_seqlens, "s+1", dtypes=INDEX)
+        check.require(
+            cu_seqlens.shape[0] > 1, "cu_seqlens must hold at least 2 bounds (1 sequence)"
+        )
+        check.require(
+            b == 1, f"x has b={b}; with cu_seqlens the sequences are packed and b must be 1"
+        )
+        check.cu_seqlens(cu_seqlens, length)
+        check.sizes["s"], check.source["s"] = cu_seqlens.shape[0] - 1, "cu_seqlens"
+    if state_positions is not None:
+        check.tensor("state_positions", state_positions, "i", dtypes=INDEX)
+        check.require(
+            b == 1, f"x has b={b}; state_positions are in packed coordinates and need b = 1"
+        )
+        check.within("state_positions", state_positions, 0, length)
+    check.tensor("initial_states", initial_states, f"{'s' if packed else 'b'} h p n", optional=True)
+    x, B, C = inner("x", x, 2), inner("B", B, 2), inner("C", C, 2)
+    z, D = inner("z", z, 2), None if D is None else inner("D", D, D.dim())
+    args = (
+        *(x, dt, inner("A", A, 1), B, C, D, z, inner("dt_bias", dt_bias, 1)),
+        *(inner("initial_states", initial_states, 3), inner("cu_seqlens", cu_seqlens, 1)),
+        *(inner("state_positions", state_positions, 1), bool(dt_softplus), low, high, chunk_size),
+    )
+    sizes = {
+        "b": b,
+        "l": length,
+        "h": x.shape[2],
+        "p": x.shape[3],
+        "g": B.shape[2],
+        "n": B.shape[3],
+    }
+    sizes |= {"s": check.sizes.get("s", b), "itemsize": x.element_size()}
+    y, final, states = call("ssd_scan", x, args, sizes)
+    out = (y,)
+    out += (final,) if return_final_states else ()
+    out += (states,) if state_positions is not None else ()
+    return out if len(out) > 1 else y
+
+
+def _update(state, x, *rest):
+    return run("ssd_update", x, state, x, *rest)
+
+
+def _update_fake(state, x, *rest):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+register(
+    "ssd_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? dt_bias, Tensor? state_indices, Tensor? num_tokens, bool dt_softplus, float dt_min, float dt_max)"
+    " -> Tensor",
+    _update,
+    _update_fake,
+)
+
+
+def ssd_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    state_indices: Tensor | None = None,
+    num_tokens: Tensor | None = None,
+) -> Tensor:
+    """Decode: advance slot-indexed states by 1 to 16 tokens, in place (formula at the top of the module).
+
+    Unlike mamba_ssm and transformers, dt_limit applies here as it does in the scan.
+
+    Args:
+        state: (slots,h,p,n) fp32, bf16 or fp16, updated in place; slots may be strided, the rest contiguous.
+        x: (b,h,p) for one token a row, or (b,m,h,p) with 1 <= m <= 16.
+        dt: (b,h) or (b,m,h). A: (h). B, C: (b,g,n) or (b,m,g,n). z: like x. D: (h) or (h,p). dt_bias: (h).
+            Dtypes as in ssd_scan.
+        state_indices: (b) int32 or int64, the slot of each row; negative: padding, zeros come out and nothing is
+            touched. None: row i uses slot i. Two rows may not name one slot.
+        num_tokens: (b) int32 or int64, tokens of the row that are real, 0 to m; the others give zeros. None: all.
+
+    Returns:
+        y like x.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or range, by name.
+    """
+    check = Check("ssd_update")
+    check.one_of("x", x, "b h p", "b m h p")
+    single = x.dim() == 3
+    low, high = _check_common(
+        check, x, dt, A, B, C, D, z, dt_bias, dt_limit, "b" if single else "b m"
+    )
+    check.tensor("state", state, "slots h p n")
+    slots, b = state.shape[0], x.shape[0]
+    m = 1 if single else x.shape[1]
+    check.require(
+        1 <= m <= MAX_STEP,
+        f"x has m={m} tokens a row, allowed: 1 to {MAX_STEP}; use ssd_scan for more",
+    )
+    check.tensor("state_indices", state_indices, "b", dtypes=INDEX, optional=True)
+    check.tensor("num_tokens", num_tokens, "b", dtypes=INDEX, optional=True)
+    if state_indices is None:
+        check.require(b <= slots, f"state has {slots} slots for b={b} rows; pass state_indices")
+    elif state_indices.numel():
+        check.require(slots > 0, "state has no slots")
+        check.within("state_indices", state_indices, -(2**31), slots - 1)
+        check.distinct("state_indices", state_indices)
+    check.within("num_tokens", num_tokens, 0, m)
+    if inner_is_strided(state):
+        check.fail("state must be contiguous in (h, p, n): it is updated in place")
+    if single:
+        x, dt, B, C = x[:, None], dt[:, None], B[:, None], C[:, None]
+        z = None if z is None else z[:, None]
+    args = (
+        *(state, inner("x", x, 2), dt, inner("A", A, 1), inner("B", B, 2), inner("C", C, 2)),
+        *(
+            None if D is None else inner("D", D, D.dim()),
+            inner("z", z, 2),
+            inner("dt_bias", dt_bias, 1),
+        ),
+        *(inner("state_indices", state_indices, 1), inner("num_tokens", num_tokens, 1)),
+        *(bool(dt_softplus), low, high),
+    )
+    sizes = {"b": b, "m": m, "h": x.shape[2], "p": x.shape[3], "g": B.shape[2], "n": B.shape[3]}
+    sizes |= {"itemsize": x.element_size(), "state_itemsize": state.element_size()}
+    y = call("ssd_update", x, args, sizes)
+    return y[:, 0] if single else y

@@ -1,0 +1,123 @@
+"""The list of ops as data. Standard library only: `tigon doctor` and `tigon list` read it without torch.
+
+Every op has one reference and one GPU implementation, named "module:function" and imported at first use.
+Both functions have the same signature.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Op:
+    """name: of the registered op `tigon::<name>`. kind: "triton" or "cuda", the language of its kernel.
+    public: whether users call it (backward ops are not). sizes: a real shape, by symbol of the API."""
+
+    name: str
+    family: str
+    kind: str
+    summary: str
+    reference: str
+    kernel: str
+    backward: str | None = None
+    public: bool = True
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+_SUPER = {"b": 1, "l": 8192, "h": 128, "p": 64, "g": 8, "n": 128}
+_SUPER_STEP = {"b": 64, "m": 1, "h": 128, "p": 64, "g": 8, "n": 128}
+_SUPER_CONV = {"b": 1, "l": 8192, "d": 10240, "width": 4}
+
+_ALL = (
+    Op(
+        "ssd_scan",
+        "mamba2",
+        "triton",
+        "Mamba-2 (SSD) scan over whole sequences, dense or packed",
+        "tigon.reference.ssd:ssd_forward",
+        "tigon.kernels.ssd_forward:ssd_forward",
+        backward="ssd_scan_backward",
+        sizes=_SUPER,
+    ),
+    Op(
+        "ssd_scan_backward",
+        "mamba2",
+        "triton",
+        "Gradients of ssd_scan",
+        "tigon.reference.ssd:ssd_backward",
+        "tigon.kernels.ssd_backward:ssd_backward",
+        public=False,
+        sizes=_SUPER,
+    ),
+    Op(
+        "ssd_update",
+        "mamba2",
+        "cuda",
+        "Mamba-2 decode step: 1 to 16 tokens a call on slot-indexed states",
+        "tigon.reference.ssd:ssd_update",
+        "tigon.native:ssd_update",
+        sizes=_SUPER_STEP,
+    ),
+    Op(
+        "causal_conv1d",
+        "mamba2",
+        "triton",
+        "Depthwise causal convolution with SiLU, dense or packed",
+        "tigon.reference.conv1d:conv1d_forward",
+        "tigon.kernels.causal_conv1d:conv1d_forward",
+        backward="causal_conv1d_backward",
+        sizes=_SUPER_CONV,
+    ),
+    Op(
+        "causal_conv1d_backward",
+        "mamba2",
+        "triton",
+        "Gradients of causal_conv1d",
+        "tigon.reference.conv1d:conv1d_backward",
+        "tigon.kernels.causal_conv1d:conv1d_backward",
+        public=False,
+        sizes=_SUPER_CONV,
+    ),
+    Op(
+        "causal_conv1d_update",
+        "mamba2",
+        "cuda",
+        "Decode step of the causal convolution: 1 to 16 tokens a call on slot-indexed windows",
+        "tigon.reference.conv1d:conv1d_update",
+        "tigon.native:conv1d_update",
+        sizes={"b": 64, "m": 1, "d": 10240, "width": 4},
+    ),
+    Op(
+        "gated_rms_norm",
+        "mamba2",
+        "triton",
+        "RMSNorm with a SiLU gate, whole rows or groups of channels",
+        "tigon.reference.norm:norm_forward",
+        "tigon.kernels.gated_norm:norm_forward",
+        backward="gated_rms_norm_backward",
+        sizes={"t": 8192, "d": 8192, "group_size": 1024},
+    ),
+    Op(
+        "gated_rms_norm_backward",
+        "mamba2",
+        "triton",
+        "Gradients of gated_rms_norm and rms_norm",
+        "tigon.reference.norm:norm_backward",
+        "tigon.kernels.gated_norm:norm_backward",
+        public=False,
+        sizes={"t": 8192, "d": 8192, "group_size": 1024},
+    ),
+    Op(
+        "rms_norm",
+        "mamba2",
+        "triton",
+        "RMSNorm",
+        "tigon.reference.norm:norm_forward",
+        "tigon.kernels.gated_norm:norm_forward",
+        backward="gated_rms_norm_backward",
+        sizes={"t": 8192, "d": 4096},
+    ),
+)
+
+OPS: dict[str, Op] = {op.name: op for op in _ALL}
+PUBLIC: dict[str, Op] = {name: op for name, op in OPS.items() if op.public}
