@@ -126,11 +126,6 @@ def _check_common(check, x, dt, A, B, C, D, z, dt_bias, dt_limit, rows: str) -> 
     return low, high
 
 
-def _mixed(x: Tensor) -> tuple[torch.dtype, ...]:
-    """Activations share a dtype; under autocast any float will do, it is cast with x."""
-    return FLOATS if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
-
-
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
