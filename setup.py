@@ -18,6 +18,8 @@ ROOMS = {"tigon": "python", "tigon.kernels": "kernels", "tigon.bench": "bench"}
 def packages():
     """Every folder of every room, so that a new one needs no edit here."""
     for name, room in ROOMS.items():
+        if not Path(room).is_dir():  # a room still empty is not in a fresh clone
+            continue
         folders = find_namespace_packages(room, exclude=["*__pycache__*"])
         yield from [name, *(f"{name}.{folder}" for folder in folders)]
 

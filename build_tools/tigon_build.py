@@ -41,11 +41,10 @@ def mode() -> str:
 
 
 def system_nvcc() -> str | None:
-    """The machine's own nvcc: ``CUDACXX``, then ``CUDA_HOME``, then PATH, then the usual place."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [os.environ.get("CUDACXX"), f"{homes[0] or homes[1]}/bin/nvcc", "nvcc"]
-    candidates.append(f"{homes[2]}/bin/nvcc")
-    return next((found for name in candidates if name and (found := shutil.which(name))), None)
+    """The machine's own nvcc; `tigon doctor` looks in the same places."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    names = (os.environ.get("CUDACXX"), f"{home}/bin/nvcc", "nvcc")
+    return next(filter(None, (shutil.which(name) for name in names if name)), None)
 
 
 def wheel_nvcc() -> str | None:
@@ -87,18 +86,17 @@ class BuildNative(build_ext):
     def run(self):
         started = time.monotonic()
         record = {"mode": mode(), "archs": os.environ.get("TIGON_CUDA_ARCHS", ARCHS)}
-        record["nvcc"] = system_nvcc() or wheel_nvcc()
-        module, reason = None, self.missing(record["nvcc"])
+        nvcc = system_nvcc() or wheel_nvcc()
+        record["nvcc"] = system_nvcc() or (nvcc and "the nvidia-cuda-nvcc wheel")
+        module, reason = None, self.missing(nvcc)
         if not reason:
             try:
-                module = self.compile(record)
+                module = self.compile(nvcc, record["archs"])
+                reason = None if module else f"{nvcc} does not work"
             except subprocess.CalledProcessError as error:
                 reason = f"the build failed: {first_error(error.stdout)}"
-        record |= {
-            "built": module is not None,
-            "why": reason,
-            "seconds": time.monotonic() - started,
-        }
+        seconds = round(time.monotonic() - started, 1)
+        record |= {"built": module is not None, "why": reason, "seconds": seconds}
         target = Path(self.get_ext_fullpath("tigon._C"))
         target.parent.mkdir(parents=True, exist_ok=True)
         if module:
@@ -118,29 +116,28 @@ class BuildNative(build_ext):
             return "no nvcc: install the CUDA toolkit, or build with pip's isolation"
         if not shutil.which("c++") and not shutil.which("g++") and not os.environ.get("CXX"):
             return "no C++ compiler: install g++"
+        if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+            return "no Python.h: install Python's headers (Debian: python3-dev)"
         if not tool("cmake"):
             return "no cmake: pip install cmake"
         if importlib.util.find_spec("pybind11") is None:
             return "no pybind11: pip install pybind11"
         return None
 
-    def compile(self, record: dict) -> Path:
-        """Configure, build, and return the module."""
+    def compile(self, nvcc: str, archs: str) -> Path | None:
+        """Configure, build, and return the module; None where CMake finds that nvcc does not work."""
         import pybind11
 
         build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         out = build / "out"
         shutil.rmtree(out, ignore_errors=True)
-        env = dict(os.environ, CUDACXX=record["nvcc"])
-        # The wheels put CUDA's libraries in lib, where nvcc of 13.0 does not look by itself.
-        lib = Path(record["nvcc"]).parent.parent / "lib"
-        env["LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(lib), env.get("LIBRARY_PATH")]))
+        env = dict(os.environ, CUDACXX=nvcc)
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": out,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
-            "TIGON_CUDA_ARCHS": record["archs"],
+            "TIGON_CUDA_ARCHS": archs,
         }
         ninja = tool("ninja")
         if ninja:
@@ -149,7 +146,7 @@ class BuildNative(build_ext):
         configure += ["-G", "Ninja" if ninja else "Unix Makefiles"]
         run([*configure, *(f"-D{name}={value}" for name, value in options.items())], env)
         run([tool("cmake"), "--build", build, "--parallel", str(jobs())], env)
-        return next(out.glob(f"_C*{sysconfig.get_config_var('EXT_SUFFIX')}"))
+        return next(iter(out.glob("_C*")), None)
 
 
 def tool(name: str) -> str | None:
@@ -188,15 +185,14 @@ def first_error(output: str) -> str:
 def report(record: dict) -> None:
     """Six lines on what was built; to the terminal too, because pip hides a build's output."""
     built = record["built"]
+    ptx = " and PTX of compute_80"
     lines = [
         f"Tigon, TIGON_BUILD={record['mode']}:",
         "  Python and Triton kernels   included",
         f"  CUDA extension tigon._C     {'built' if built else 'not built'}",
-        f"  architectures               {record['archs'] if built else 'none'}",
+        f"  architectures               {record['archs'] + ptx if built else 'none'}",
         f"  nvcc                        {record['nvcc'] or 'none found'}",
-        f"  time                        {record['seconds']} s"
-        if built
-        else f"  why: {record['why']}",
+        f"  {'seconds' if built else 'why':<27} {record['seconds' if built else 'why']}",
     ]
     text = "\n".join(lines) + "\n"
     print(text, flush=True)

@@ -101,9 +101,14 @@ def obstacle(kind: str, report: dict, fixes: list) -> str | None:
 
 
 def triton_obstacle(report: dict, fixes: list) -> str | None:
-    if report["compiler"]:
+    compiler = report["compiler"]
+    if not compiler.get("path"):
+        note(fixes, "install gcc or clang", problem := "Triton needs a C compiler at run time")
+    elif not compiler.get("python_headers"):
+        fix = "install Python's headers (Debian: python3-dev)"
+        note(fixes, fix, problem := "Triton needs Python.h at run time")
+    else:
         return None
-    note(fixes, "install gcc or clang", problem := "Triton needs a C compiler at run time")
     return problem
 
 

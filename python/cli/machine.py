@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -138,11 +139,13 @@ def nvcc_facts() -> dict | None:
     return path and {"path": path, "version": said_version(path, r"release ([\d.]+)")}
 
 
-def compiler_facts() -> dict | None:
-    """The C compiler; Triton runs it once per kernel signature to build its launcher."""
+def compiler_facts() -> dict:
+    """The C compiler, and whether it finds Python.h: Triton builds a launcher for each kernel."""
     names = (os.environ.get("CC"), "gcc", "clang", "cc")
     path = next(filter(None, (shutil.which(name) for name in names if name)), None)
-    return path and {"path": path, "version": said_version(path, r"(\d+\.\d+[.\d]*)")}
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    version = path and said_version(path, r"(\d+\.\d+[.\d]*)")
+    return {"path": path, "version": version, "python_headers": headers}
 
 
 def said_version(program: str, pattern: str) -> str | None:
