@@ -22,7 +22,8 @@
 namespace tigon {
 
 constexpr int kElements = 16;  // of n, a lane
-constexpr int kThreads = 128;  // at most
+constexpr int kRows = 2;       // of p, a lane
+constexpr int kThreads = 128;  // a block, at most
 
 struct SsdUpdate {
     void* state;
@@ -81,6 +82,7 @@ __device__ void stage_BC(const SsdUpdate& a, const Staged& staged, const Io* B, 
     if (a.staging_vectors) {
         constexpr int kStep = kVector<Io>;
         const int steps = a.n / kStep;
+#pragma unroll 1
         for (int i = threadIdx.x; i < tokens * steps; i += blockDim.x) {
             const int t = i / steps, k = i % steps * kStep;
             float b[kStep], c[kStep];
@@ -96,6 +98,7 @@ __device__ void stage_BC(const SsdUpdate& a, const Staged& staged, const Io* B, 
             }
         }
     } else {
+#pragma unroll 1
         for (int i = threadIdx.x; i < tokens * a.n; i += blockDim.x) {
             const int t = i / a.n, k = i % a.n;
             const int at = t * staged.n_padded + place<kWidth>(k, staged.n_padded);
@@ -120,55 +123,46 @@ __device__ __forceinline__ void stage_steps(const SsdUpdate& a, const Staged& st
     staged.decay[t] = expf(load_as(a.A, head, a.A_dtype) * dt);
 }
 
+// x and silu(z), or 1 without a gate, of the rows of this block; rows past p read as x = 0.
 template <typename Io>
 __device__ __forceinline__ void stage_x(const SsdUpdate& a, const Staged& staged, const Io* x,
-                                        const Io* z, int first_row, int tokens) {
+                                        const Io* z, int inside, int tokens) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < tokens * a.rows; i += blockDim.x) {
-        const int t = i / a.rows, row = first_row + i % a.rows;
-        const bool inside = row < a.p;
-        staged.x[i] = inside ? to_float(x[t * a.x_stride_token + row]) : 0.0f;
-        staged.gate[i] = z && inside ? silu(to_float(z[t * a.z_stride_token + row])) : 1.0f;
+        const int t = i / a.rows, row = i % a.rows;
+        const bool real = row < inside;
+        staged.x[i] = real ? to_float(x[t * a.x_stride_token + row]) : 0.0f;
+        staged.gate[i] = real && a.z ? silu(to_float(z[t * a.z_stride_token + row])) : 1.0f;
     }
 }
 
-// What a lane holds of the state: kRows rows of p, in each kChunks runs of kWidth elements of n.
+// What a lane holds of the state: of kRows neighbouring rows of p, kChunks runs of kWidth elements.
+// With 16-byte accesses n is a multiple of kWidth, and a run is inside n whole or not at all.
 template <typename State, bool kVectors>
 struct Tile {
     static constexpr int kWidth = kVector<State>;
     static constexpr int kChunks = kElements / kWidth;
-    static constexpr int kRows = 128 / (kElements * sizeof(State));
 
     float value[kRows][kChunks][kWidth];
-    int lane, row, row_step, lanes, p, n;  // rows row, row + row_step, ...
+    int column, column_step;  // the runs begin at column + chunk * column_step
+    int rows, n;              // rows of this lane that are inside p; columns of the state
 
-    __device__ Tile(const SsdUpdate& a, int first_row)
-        : lane(threadIdx.x % a.lanes),
-          row(first_row + threadIdx.x / a.lanes),
-          row_step(blockDim.x / a.lanes),
-          lanes(a.lanes),
-          p(a.p),
-          n(a.n) {}
-
-    __device__ int column(int chunk) const { return (chunk * lanes + lane) * kWidth; }
-    // With 16-byte accesses n is a multiple of kWidth, and a run is inside whole or not at all.
-    __device__ bool holds(int column, int i) const { return kVectors || column + i < n; }
-
+    // state points at the lane's first row.
     __device__ void load(const State* state) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
 #pragma unroll
             for (int c = 0; c < kChunks; ++c) {
-                const int k = column(c);
+                const int k = column + c * column_step;
 #pragma unroll
                 for (int i = 0; i < kWidth; ++i) value[r][c][i] = 0.0f;
-                if (row + r * row_step >= p || k >= n) continue;
-                const State* from = state + (row + r * row_step) * n + k;
+                if (r >= rows || k >= n) continue;
                 if constexpr (kVectors) {
-                    load_vector(from, value[r][c]);
+                    load_vector(state + r * n + k, value[r][c]);
                 } else {
 #pragma unroll
                     for (int i = 0; i < kWidth; ++i)
-                        if (holds(k, i)) value[r][c][i] = to_float(from[i]);
+                        if (k + i < n) value[r][c][i] = to_float(state[r * n + k + i]);
                 }
             }
         }
@@ -179,15 +173,14 @@ struct Tile {
         for (int r = 0; r < kRows; ++r) {
 #pragma unroll
             for (int c = 0; c < kChunks; ++c) {
-                const int k = column(c);
-                if (row + r * row_step >= p || k >= n) continue;
-                State* to = state + (row + r * row_step) * n + k;
+                const int k = column + c * column_step;
+                if (r >= rows || k >= n) continue;
                 if constexpr (kVectors) {
-                    store_vector(to, value[r][c]);
+                    store_vector(state + r * n + k, value[r][c]);
                 } else {
 #pragma unroll
                     for (int i = 0; i < kWidth; ++i)
-                        if (holds(k, i)) to[i] = from_float<State>(value[r][c][i]);
+                        if (k + i < n) state[r * n + k + i] = from_float<State>(value[r][c][i]);
                 }
             }
         }
@@ -200,7 +193,7 @@ struct Tile {
         for (int r = 0; r < kRows; ++r) dot[r] = 0.0f;
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
-            const int k = column(c);
+            const int k = column + c * column_step;
             if (k >= n) continue;
 #pragma unroll
             for (int q = 0; q < kWidth; q += 4) {
@@ -209,10 +202,10 @@ struct Tile {
                 const float4 c4 = *reinterpret_cast<const float4*>(C + at);
                 const float b[4] = {b4.x, b4.y, b4.z, b4.w}, w[4] = {c4.x, c4.y, c4.z, c4.w};
 #pragma unroll
-                for (int r = 0; r < kRows; ++r) {
+                for (int i = 0; i < 4; ++i) {
+                    if (!kVectors && k + q + i >= n) continue;
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        if (!holds(k, q + i)) continue;
+                    for (int r = 0; r < kRows; ++r) {
                         float& s = value[r][c][q + i];
                         s = decay * s + input[r] * b[i];
                         dot[r] += s * w[i];
@@ -224,63 +217,65 @@ struct Tile {
 };
 
 template <typename Io, typename State, bool kVectors>
-__global__ void __launch_bounds__(kThreads) ssd_update(const SsdUpdate a) {
-    using StateTile = Tile<State, kVectors>;
-    constexpr int kRows = StateTile::kRows;
-
-    const int64 row = blockIdx.x / a.heads;
+__global__ void __launch_bounds__(kThreads, kVectors ? 5 : 4) ssd_update(const SsdUpdate a) {
+    const int64 batch_row = blockIdx.x / a.heads;
     const int head = blockIdx.x % a.heads, group = head / (a.heads / a.groups);
     const int first_row = blockIdx.y * a.rows;
-    const int64 slot = a.state_indices ? a.state_indices[row] : row;
+    const int64 slot = a.state_indices ? a.state_indices[batch_row] : batch_row;
     const bool valid = slot >= 0 && slot < a.slots;
     const int tokens =
-        !valid ? 0 : (a.num_tokens ? min(max(a.num_tokens[row], 0), a.tokens) : a.tokens);
+        !valid ? 0 : (a.num_tokens ? min(max(a.num_tokens[batch_row], 0), a.tokens) : a.tokens);
 
-    Io* y = static_cast<Io*>(a.y) + (row * a.tokens * a.heads + head) * a.p;
+    Io* y = static_cast<Io*>(a.y) + (batch_row * a.tokens * a.heads + head) * a.p + first_row;
     const int64 y_stride = int64(a.heads) * a.p;
-    const int own = min(a.rows, a.p - first_row);
-    for (int i = threadIdx.x; i < (a.tokens - tokens) * own; i += blockDim.x)
-        y[(tokens + i / own) * y_stride + first_row + i % own] = from_float<Io>(0.0f);
+    const int inside = min(a.rows, a.p - first_row);
+    for (int t = tokens; t < a.tokens; ++t)
+        for (int i = threadIdx.x; i < inside; i += blockDim.x)
+            y[t * y_stride + i] = from_float<Io>(0.0f);
     if (tokens == 0) return;
 
-    State* state =
-        static_cast<State*>(a.state) + slot * a.state_stride_slot + int64(head) * a.p * a.n;
-    StateTile tile(a, first_row);
+    const int lane = threadIdx.x % a.lanes, row = threadIdx.x / a.lanes * kRows;
+    State* state = static_cast<State*>(a.state) + slot * a.state_stride_slot +
+                   (int64(head) * a.p + first_row + row) * a.n;
+    Tile<State, kVectors> tile;
+    tile.column = lane * tile.kWidth;
+    tile.column_step = a.lanes * tile.kWidth;
+    tile.rows = inside - row;
+    tile.n = a.n;
     tile.load(state);
 
     const Staged staged(shared_memory(), a);
-    stage_BC<Io, StateTile::kWidth>(
-        a, staged, static_cast<const Io*>(a.B) + row * a.B_stride_batch + group * a.n,
-        static_cast<const Io*>(a.C) + row * a.C_stride_batch + group * a.n, tokens);
-    stage_x(a, staged, static_cast<const Io*>(a.x) + row * a.x_stride_batch + head * a.p,
-            a.z ? static_cast<const Io*>(a.z) + row * a.z_stride_batch + head * a.p : nullptr,
-            first_row, tokens);
-    stage_steps(a, staged, row, head, tokens);
-
-    float D[kRows];
+    stage_BC<Io, tile.kWidth>(
+        a, staged, static_cast<const Io*>(a.B) + batch_row * a.B_stride_batch + group * a.n,
+        static_cast<const Io*>(a.C) + batch_row * a.C_stride_batch + group * a.n, tokens);
+    const int64 at_head = int64(head) * a.p + first_row;
+    stage_x(a, staged, static_cast<const Io*>(a.x) + batch_row * a.x_stride_batch + at_head,
+            static_cast<const Io*>(a.z) + batch_row * a.z_stride_batch + at_head, inside, tokens);
+    stage_steps(a, staged, batch_row, head, tokens);
+    float D[kRows] = {};
+    if (a.D) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-        const int own_row = tile.row + r * tile.row_step;
-        D[r] = a.D && own_row < a.p
-                   ? load_as(a.D, head * a.D_stride_head + own_row * a.D_stride_p, a.D_dtype)
-                   : 0.0f;
+        for (int r = 0; r < kRows; ++r)
+            if (r < tile.rows)
+                D[r] = load_as(a.D, head * a.D_stride_head + (first_row + row + r) * a.D_stride_p,
+                               a.D_dtype);
     }
     __syncthreads();
 
+#pragma unroll 1
     for (int t = 0; t < tokens; ++t) {
-        const int at = t * a.rows + tile.row - first_row;
+        const float* x = staged.x + t * a.rows + row;
         float input[kRows], dot[kRows];
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) input[r] = staged.dt[t] * staged.x[at + r * tile.row_step];
+        for (int r = 0; r < kRows; ++r) input[r] = staged.dt[t] * x[r];
         tile.step(staged.B + t * staged.n_padded, staged.C + t * staged.n_padded, staged.n_padded,
                   staged.decay[t], input, dot);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            const int own_row = tile.row + r * tile.row_step;
             float sum = sum_lanes(dot[r], a.lanes);
-            if (tile.lane != 0 || own_row >= a.p) continue;
-            if (a.D) sum += D[r] * staged.x[at + r * tile.row_step];
-            y[t * y_stride + own_row] = from_float<Io>(sum * staged.gate[at + r * tile.row_step]);
+            if (lane != 0 || r >= tile.rows) continue;
+            if (a.D) sum += D[r] * x[r];
+            y[t * y_stride + row + r] = from_float<Io>(sum * staged.gate[t * a.rows + row + r]);
         }
     }
     tile.store(state);
