@@ -43,6 +43,8 @@ def _autocast(main: Tensor) -> bool:
 
 def inner_is_strided(state: Tensor) -> bool:
     """Whether a state's dimensions after the first are not contiguous."""
+    if not state.numel():
+        return False
     expected = 1
     for size, stride in zip(reversed(state.shape[1:]), reversed(state.stride()[1:]), strict=True):
         if size != 1 and stride != expected:

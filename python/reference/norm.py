@@ -70,7 +70,7 @@ def norm_backward(
     outer = dy * gate if gated_last else dy
     g = outer * weight
     du = r * (g - normed * (g * normed).mean(-1, keepdim=True))
-    dweight = (outer * normed).flatten(0, -3).sum(0).flatten()
+    dweight = (outer * normed).reshape(-1, weight.numel()).sum(0)
     dz = None
     if gated_last:
         dz = dy * normed * weight * slope
