@@ -1,0 +1,134 @@
+// The part of CUDA that csrc/ uses, on a CPU: csrc/*.cu compile with g++ -x c++ -DTIGON_HOST_BUILD.
+//
+// Every CUDA thread is a std::thread, so that ThreadSanitizer sees a missing __syncthreads as the
+// data race that it is; with HOST_FIBERS every CUDA thread is a fiber of one thread, which is some
+// hundred times faster and deterministic. Blocks run one after the other. Dynamic shared memory is
+// a heap block of exactly the launch's size, filled with NaNs.
+#pragma once
+
+#include <cuda_runtime.h>  // types and, for g++, empty qualifiers
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "common/kernel_table.cuh"
+
+#ifdef HOST_FIBERS
+#include <ucontext.h>
+#else
+#include <barrier>
+#include <thread>
+#endif
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+
+namespace host {
+
+constexpr int kWarp = 32;
+
+#ifdef HOST_FIBERS
+void yield();
+
+// All of `count` fibers meet here; each that comes early lets the others run.
+class Barrier {
+public:
+    explicit Barrier(int count) : count_(count), missing_(count) {}
+    void arrive_and_wait() {
+        if (--missing_ == 0) {
+            missing_ = count_;
+            ++round_;
+            return;
+        }
+        for (const int round = round_; round == round_;) yield();
+    }
+
+private:
+    int count_, missing_, round_ = 0;
+};
+#else
+using Barrier = std::barrier<>;
+#endif
+
+struct Warp {
+    Barrier barrier{kWarp};
+    float value[kWarp];
+};
+
+struct Block {
+    uint3 index;
+    dim3 size;
+    Barrier barrier;
+    std::vector<std::unique_ptr<Warp>> warps;
+    std::unique_ptr<float4[]> shared;
+};
+
+struct Thread {
+    uint3 index;
+    Block* block;
+
+    Warp& warp() const { return *block->warps[index.x / kWarp]; }
+    int lane() const { return index.x % kWarp; }
+};
+
+#ifdef HOST_FIBERS
+inline const Thread* current = nullptr;
+#else
+inline thread_local const Thread* current = nullptr;
+#endif
+
+void run_block(Block& block, const std::function<void()>& body);
+
+template <typename Arguments>
+using Kernel = void (*)(Arguments);
+
+// What a row of the kernel table points to here: a function of the packed arguments.
+using Packed = std::function<void(const void*)>;
+
+}  // namespace host
+
+#define threadIdx (host::current->index)
+#define blockIdx (host::current->block->index)
+#define blockDim (host::current->block->size)
+
+inline void __syncthreads() { host::current->block->barrier.arrive_and_wait(); }
+
+inline float __shfl_xor_sync(unsigned, float value, int offset) {
+    host::Warp& warp = host::current->warp();
+    const int lane = host::current->lane();
+    warp.value[lane] = value;
+    warp.barrier.arrive_and_wait();
+    const float other = warp.value[lane ^ offset];
+    warp.barrier.arrive_and_wait();
+    return other;
+}
+
+inline float* host_shared_memory() {
+    return reinterpret_cast<float*>(host::current->block->shared.get());
+}
+
+template <typename T>
+T min(T a, T b) {
+    return a < b ? a : b;
+}
+template <typename T>
+T max(T a, T b) {
+    return a < b ? b : a;
+}
+
+namespace tigon {
+
+template <typename Arguments>
+Kernel table_row(const char* name, void (*kernel)(Arguments)) {
+    auto* packed = new host::Packed([kernel](const void* bytes) {
+        Arguments arguments;
+        std::memcpy(&arguments, bytes, sizeof(arguments));
+        kernel(arguments);
+    });
+    return {name, packed, sizeof(Arguments)};
+}
+
+}  // namespace tigon
