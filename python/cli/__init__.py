@@ -6,6 +6,7 @@ A subcommand is one line of ``COMMANDS`` and a module with ``add_arguments(parse
 """
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -46,5 +47,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         sys.stderr.write(f"tigon {chosen} needs the package {error.name!r}; see: tigon doctor\n")
         return ENVIRONMENT
+    except (
+        BrokenPipeError
+    ):  # `tigon list | head`: nobody reads on, and Python must not try to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except KeyboardInterrupt:
         return 130

@@ -38,7 +38,7 @@ def examine() -> dict:
     report["fixes"] = fixes = []
     kinds = ("triton", "cuda")
     reasons = {kind: machine.guarded(obstacle, kind, report, fixes) for kind in kinds}
-    report["ops"] = machine.guarded(op_facts, reasons)
+    report["ops"] = machine.guarded(op_facts, report, reasons)
     return report
 
 
@@ -60,17 +60,25 @@ def native_status() -> dict:
     return native.status()
 
 
-def op_facts(reasons: dict) -> list[dict]:
+def op_facts(report: dict, reasons: dict) -> list[dict]:
     """For every op the backend that a call on this machine's best device takes, and why."""
     from tigon import registry
 
     forced = os.environ.get("TIGON_BACKEND", "auto")
+    through = {
+        "triton": f"Triton {report['packages'].get('triton')}",
+        "cuda": "the extension tigon._C",
+    }
+    if (report["tigon"].get("native") or {}).get("backend") == "cupy":
+        through["cuda"] = f"CuPy {report['packages'].get('cupy')}, which compiles at run time"
     rows = []
     for op in registry.PUBLIC.values():
-        why = line(reasons[op.kind] or f"{op.kind} kernel")
-        backend = "reference" if reasons[op.kind] else "kernel"
-        if forced != "auto":
-            backend, why = forced, f"TIGON_BACKEND={forced}"
+        reason = reasons[op.kind]
+        backend, why = ("reference", line(reason)) if reason else (op.kind, through[op.kind])
+        if forced == "reference":
+            backend, why = forced, "TIGON_BACKEND=reference"
+        elif forced == "kernel" and reason:
+            backend, why = "none", f"TIGON_BACKEND=kernel, but {why}"
         rows.append({"op": op.name, "kind": op.kind, "backend": backend, "why": why})
     return rows
 
@@ -114,10 +122,10 @@ def triton_obstacle(report: dict, fixes: list) -> str | None:
 
 def cuda_obstacle(report: dict, fixes: list) -> str | None:
     native = report["tigon"].get("native") or {}
-    if native.get("extension") or report["packages"].get("cupy"):
+    if native.get("backend"):
         return None
-    cuda = (report["packages"]["torch_cuda"] or "13").split(".")[0]
-    problem = "neither the extension tigon._C nor CuPy is here"
+    cuda = report["packages"]["torch_cuda"].split(".")[0]
+    problem = f"{native.get('why') or line(native)}, and CuPy is not installed"
     note(fixes, f"pip install 'tigon[cu{cuda}]', or reinstall Tigon where nvcc is", problem)
     return problem
 
