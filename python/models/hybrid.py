@@ -1,0 +1,218 @@
+"""A language model of Mamba-2, attention and MLP layers, of the Nemotron-H kind.
+
+    h = embeddings(ids);  h = h + mixer_i(norm_i(h)) for each layer;  logits = lm_head(norm_f(h))
+
+Parameter names are those of NemotronH checkpoints on disk (`backbone.layers.0.mixer.in_proj.weight`, …).
+Source: NVIDIA 2025, "Nemotron-H" (arXiv 2504.03624).
+"""
+
+from os import PathLike
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tigon.generation.cache import HybridCache
+from tigon.models.config import LAYER_KINDS, HybridConfig
+from tigon.models.presets import preset
+from tigon.modules import MLP, Attention, Linear, Mamba2, RMSNorm
+
+Device = torch.device | str | None
+
+
+def _mixer(kind: str, config: HybridConfig, layer: int, **factory) -> nn.Module:
+    if kind == "M":
+        return Mamba2(
+            config.hidden_size,
+            d_state=config.ssm_state_size,
+            d_conv=config.conv_kernel,
+            d_inner=config.d_inner,
+            headdim=config.mamba_head_dim,
+            ngroups=config.n_groups,
+            dt_min=config.time_step_min,
+            dt_max=config.time_step_max,
+            dt_init_floor=config.time_step_floor,
+            dt_limit=config.dt_limit,
+            bias=config.use_bias,
+            conv_bias=config.use_conv_bias,
+            norm_eps=config.layer_norm_epsilon,
+            layer_idx=layer,
+            **factory,
+        )
+    if kind == "*":
+        return Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            **factory,
+        )
+    return MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, **factory)
+
+
+class Block(nn.Module):
+    """h + mixer(norm(h)); an MLP takes no cache."""
+
+    def __init__(self, kind: str, config: HybridConfig, layer: int, **factory):
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, **factory)
+        self.mixer = _mixer(kind, config, layer, **factory)
+
+    def forward(self, h: Tensor, cu_seqlens=None, cache=None, **rows) -> Tensor:
+        x = self.norm(h.to(self.norm.weight.dtype))
+        if isinstance(self.mixer, MLP):
+            return h + self.mixer(x)
+        return h + self.mixer(x, cu_seqlens, cache, **rows)
+
+
+class Backbone(nn.Module):
+    """Token ids to the hidden states before `lm_head`."""
+
+    def __init__(self, config: HybridConfig, **factory):
+        super().__init__()
+        self.residual_dtype = torch.float32 if config.residual_in_fp32 else None
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.layers = nn.ModuleList(
+            Block(kind, config, i, **factory) for i, kind in enumerate(config.pattern)
+        )
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, **factory)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: HybridCache | None = None,
+        *,
+        slots: Tensor | None = None,
+        num_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """(b,l,d_model); arguments as in `HybridLM.forward`."""
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (b, l)")
+        b, length = input_ids.shape
+        rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if cache is None:
+            layer_caches, where = [None] * len(self.layers), {}
+            if slots is not None or num_tokens is not None:
+                raise ValueError(
+                    "slots and num_tokens say which part of a cache is meant; pass cache"
+                )
+        else:
+            layer_caches, where = cache.layers, {"slots": slots, "num_tokens": num_tokens}
+            added = cache.begin(rows, length, slots, num_tokens, cu_seqlens)
+        h = self.embeddings(input_ids).to(self.residual_dtype)
+        for layer, layer_cache in zip(self.layers, layer_caches):
+            h = layer(h, cu_seqlens, layer_cache, **where)
+        if cache is not None:
+            cache.finish(slots, added, length)
+        return self.norm_f(h.to(self.norm_f.weight.dtype))
+
+
+class HybridLM(nn.Module):
+    """The model of a `HybridConfig`, or of a preset by its name.
+
+    Args:
+        config: sizes, or a name of `tigon.models.PRESETS`.
+        device, dtype: of the parameters; "meta" for shapes alone.
+
+    Raises:
+        NotImplementedError: the pattern holds a kind of layer that does not exist yet, by name.
+    """
+
+    def __init__(
+        self, config: HybridConfig | str, device: Device = None, dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        config = preset(config) if isinstance(config, str) else config
+        if "E" in config.pattern:
+            raise NotImplementedError(
+                f"HybridLM: layer kind 'E' ({LAYER_KINDS['E']}) is not in this version; pattern={config.pattern!r}"
+            )
+        self.config = config
+        self.backbone = Backbone(config, device=device, dtype=dtype)
+        self.lm_head = Linear(
+            config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype
+        )
+        self.tie_weights()
+        if torch.device(device or "cpu").type != "meta":
+            self.reset_parameters()
+
+    def tie_weights(self) -> None:
+        """Make lm_head share the embeddings, if the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal weights of initializer_range; what is added to the residual is scaled by 1/sqrt(layers) (GPT-2)."""
+        std = self.config.initializer_range
+        scale = len(self.config.pattern) ** -0.5 if self.config.rescale_prenorm_residual else 1.0
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                residual = name.endswith(("out_proj", "o_proj", "down_proj"))
+                nn.init.normal_(module.weight, std=std * scale if residual else std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (…,d_model) -> (…,V) fp32 (fp64 for fp64)."""
+        return _at_least_fp32(self.lm_head(hidden))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: HybridCache | None = None,
+        labels: Tensor | None = None,
+        *,
+        slots: Tensor | None = None,
+        num_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (b,l,V) in fp32, or the mean cross entropy in nats if labels are given.
+
+        Args:
+            input_ids: (b,l) int64; packed sequences: (1,l).
+            cu_seqlens: (s+1) int32 or int64 bounds of the packed sequences.
+            cache: of `allocate_cache`; the tokens continue its sequences and are added to them.
+            labels: (b,l) int64, the token that follows each input token; -100 where none counts.
+            slots: (b) or (s) int64, the cache's slot of each row or sequence; None: slot i. Negative: padding.
+            num_tokens: (b) int32 or int64, real tokens of each row of a dense batch padded on the right.
+
+        Raises:
+            ValueError: arguments that contradict each other, or no room in the cache, by name.
+        """
+        hidden = self.backbone(input_ids, cu_seqlens, cache, slots=slots, num_tokens=num_tokens)
+        logits = self.logits(hidden)
+        if labels is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+    def allocate_cache(
+        self, slots: int, max_length: int, *, dtype: torch.dtype | None = None
+    ) -> HybridCache:
+        """A `HybridCache` on the model's device; recurrent states in config.mamba_ssm_cache_dtype."""
+        ssm_dtype = getattr(torch, self.config.mamba_ssm_cache_dtype)
+        mixers = [layer.mixer for layer in self.backbone.layers]
+        device = self.lm_head.weight.device
+        return HybridCache(
+            mixers, slots, max_length, dtype=dtype, ssm_dtype=ssm_dtype, device=device
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | PathLike, *, device: Device = None, dtype: torch.dtype | None = None
+    ) -> "HybridLM":
+        """Read a NemotronH checkpoint; see `tigon.models.checkpoint.load`."""
+        from tigon.models.checkpoint import load
+
+        return load(cls, path, device=device, dtype=dtype)
+
+    def save_pretrained(self, path: str | PathLike, max_shard_size: int | str = "5GB") -> None:
+        """Write a checkpoint that transformers loads; see `tigon.models.checkpoint.save`."""
+        from tigon.models.checkpoint import save
+
+        save(self, path, max_shard_size=max_shard_size)
+
+
+def _at_least_fp32(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))

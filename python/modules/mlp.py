@@ -1,0 +1,34 @@
+"""The dense MLP of Nemotron models: up, ReLU², down. No gate.
+
+y = relu(x U^T)^2 D^T. Source: So et al. 2021, "Primer" (arXiv 2109.08668).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tigon.modules.linear import Linear
+
+
+class MLP(nn.Module):
+    """x (..., d) -> (..., d) through `intermediate_size` ReLU² units.
+
+    Args:
+        d_model, intermediate_size: widths. up_proj.weight (intermediate_size, d), down_proj.weight its transpose.
+        bias: whether both products have one.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        intermediate_size: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.up_proj = Linear(d_model, intermediate_size, bias=bias, device=device, dtype=dtype)
+        self.down_proj = Linear(intermediate_size, d_model, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.relu(self.up_proj(x)).square())
