@@ -187,7 +187,7 @@ def sections(report: dict) -> dict[str, list[tuple[str, str]]]:
 def line(value) -> str:
     """A probe's answer on one line; a failed probe shows its error."""
     if isinstance(value, dict):
-        bare = ("name", "version", "path", "executable", "libc", "machine")
+        bare = ("name", "version", "path", "executable", "libc", "machine", "why")
         parts = ((name, line(part)) for name, part in value.items() if part)
         value = ", ".join(part if name in bare else f"{name} {part}" for name, part in parts)
     elif isinstance(value, (list, tuple)):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def run(*command, cwd=None, check=True, **env) -> subprocess.CompletedProcess:
     """Run; on failure the assertion shows all that the command said."""
     kept = {
-        k: v for k, v in os.environ.items() if not k.startswith(("TIGON_", "PYTHONPATH", "COV"))
+        k: v for k, v in os.environ.items() if not k.startswith(("TIGON_", "TRITON_", "PYTHONPATH"))
     }
     done = subprocess.run(
         [str(part) for part in command],
