@@ -11,9 +11,14 @@ Rounding           ``narrow`` rounds fp32 to the io dtype; the interpreter alone
 Chunk vectors are fp32 of length Q. Masks say "this token is inside the segment"; loads outside it give 0.
 """
 
+import torch
 import triton
 import triton.language as tl
+from triton.runtime import _allocation
 
+INTERPRETED = (
+    triton.knobs.runtime.interpret
+)  # read when Triton decorates a kernel, so fixed from here on
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -29,7 +34,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def narrow(v, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     """fp32 -> DTYPE, to nearest even. UPCAST: in the interpreter, whose own cast to bf16 truncates."""
-    if UPCAST:
+    if UPCAST and tl.bfloat16 == DTYPE:
         bits = v.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
@@ -75,6 +80,21 @@ def load_step_size(ptr, stride, tokens, mask, bias, dt_min, dt_max, SOFTPLUS: tl
 
 
 @triton.jit
+def _carry(a, _, b, dt):
+    return a + b, dt
+
+
+@triton.jit
+def chunk_cumsum(A, dt):
+    """(cs, dt): cs_l = sum_{i<=l} A dt'_i. Use the dt that comes back.
+
+    It is the same, but it comes out of the scan, and the compiler cannot copy a scan: from the load it would compute
+    dt' again, softplus and all, in every layout that uses it (200 bytes of spills in the walk on sm_90).
+    """
+    return tl.associative_scan((A * dt, dt), 0, _carry)
+
+
+@triton.jit
 def decay_limit(A):
     """Largest exponent a decay may have: 0 where the maths says so (A <= 0), none otherwise."""
     return tl.where(A <= 0.0, 0.0, float("inf"))
@@ -110,3 +130,9 @@ def segment_bounds(row, starts, ends, sequences, offsets, length, size, per_sequ
         first = row == tl.load(offsets + sequence)
         last = row + 1 == tl.load(offsets + sequence + 1, mask=used, other=0)
         return row * 0, start, end, sequence, first, last
+
+
+def ensure_scratch() -> None:
+    """Let Triton allocate the device memory that tensor descriptors live in, unless the caller's allocator is set."""
+    if isinstance(_allocation._allocator.get(), _allocation.NullAllocator):
+        triton.set_allocator(lambda size, *_: torch.empty(size, dtype=torch.int8, device="cuda"))

@@ -1,0 +1,135 @@
+"""Launch tables: which tiles a kernel takes for an architecture and a shape. Pure data and arithmetic.
+
+    plan(op, arch, **sizes) -> {kernel name: frozen config}
+
+arch is 80, 90, 100 or 120 (`table_arch` maps others); the sizes are those of the op's arguments. Nothing here imports
+torch or Triton, so every choice can be printed and tested on any machine; TIGON_PRINT_CONFIG=1 prints each
+plan once. A family of kernels has one config class, one table and one planner, registered in PLANNERS; the
+evidence for a row (registers a thread, spilled bytes, shared memory, from tests/codegen) stands beside it.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+
+SMS = {80: 108, 90: 132, 100: 148, 120: 188}  # of A100, H100/H200, B200, RTX PRO 6000
+SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KB a program may have
+
+
+def table_arch(capability: int) -> int:
+    """The table for a compute capability such as 86: the nearest one below."""
+    return max((arch for arch in SMS if arch <= capability), default=80)
+
+
+_assumed: ContextVar[tuple[int, int] | None] = ContextVar("assumed", default=None)
+
+
+@contextmanager
+def assume(arch: int, sms: int | None = None) -> Iterator[None]:
+    """Within the block, launchers choose as on this architecture, whatever the device (tests, code generation)."""
+    token = _assumed.set((arch, sms or SMS[arch]))
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def target(device: object) -> tuple[int, int]:
+    """(arch, SM count) of a torch device; without a GPU, those of the interpreter's stand-in, an H100."""
+    if _assumed.get() is not None:
+        return _assumed.get()
+    if device.type != "cuda":
+        return 90, SMS[90]
+    return _gpu(device.index)
+
+
+@cache
+def _gpu(index: int | None) -> tuple[int, int]:
+    import torch
+
+    facts = torch.cuda.get_device_properties(index)
+    return table_arch(facts.major * 10 + facts.minor), facts.multi_processor_count
+
+
+def power_of_two(size: int, least: int = 16) -> int:
+    """The smallest block that covers `size`; tensor cores want 16 at least."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+@lru_cache(maxsize=1024)
+def plan(op: str, arch: int, **sizes: int) -> dict[str, object]:
+    """Configs of all kernels that `op` may launch for these sizes. KeyError for an op without Triton kernels."""
+    configs = PLANNERS[op](arch, **sizes)
+    if os.environ.get("TIGON_PRINT_CONFIG") == "1":
+        described = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        for name, config in configs.items():
+            print(f"tigon {op} sm_{arch} ({described}): {name} {config}", file=sys.stderr)
+    return configs
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """Tiles of one SSD forward kernel: a program's state is (block_p, block_n), its chunk q tokens.
+
+    np: the state is held transposed, (block_n, block_p). tma: tiles through tensor descriptors. precision: of
+    fp32 products. segment: tokens one program walks.
+    """
+
+    block_p: int
+    block_n: int
+    q: int
+    np: bool
+    tma: bool
+    warps: int
+    stages: int
+    precision: str = "tf32x3"
+    segment: int = 0
+
+
+INVARIANT_SEGMENT = 1024  # tokens, whatever the batch: a row's bits must not depend on its mates
+MIN_SEGMENT = 256  # tokens: a shorter walk is mostly prologue
+
+
+def segment_tokens(programs: int, length: int, slots: int) -> int:
+    """Tokens of a segment, for `programs` walks of `length` tokens on a chip that holds `slots` at once.
+
+    More segments fill the chip; but all segments save a sequence's last are read twice (x, B, dt: 0.45 of
+    a walk's bytes). The cheapest split wins; `programs` rounds up to whole waves.
+    """
+
+    def cost(split: int) -> float:
+        waves = -(-programs * split // slots)
+        return waves / split * (1 + 0.45 * (split - 1) / split)
+
+    splits = range(1, max(1, min(32, length // MIN_SEGMENT)) + 1)
+    split = min(splits, key=cost)
+    return -(-length // (split * 64)) * 64
+
+
+def plan_ssd_scan(
+    arch: int, *, b: int, l: int, h: int, p: int, n: int, itemsize: int,
+    sms: int | None = None, aligned: bool = True, batch_invariant: bool = False, **_: int,
+) -> dict[str, ScanConfig]:  # fmt: skip
+    """Walk and segment passes of `ssd_scan`. aligned: rows start on 16 bytes, which TMA needs."""
+    tma = aligned and arch >= 90
+    walk = scan_tiles(arch, p, n, itemsize, tma)
+    slots = 2 * (sms or SMS[arch])
+    tiles = -(-p // walk.block_p)
+    segment = INVARIANT_SEGMENT
+    if not batch_invariant:
+        segment = segment_tokens(max(1, b * h * tiles), max(1, l), slots)
+    walk = replace(walk, segment=segment)
+    return {"walk": walk, "segment_states": walk}
+
+
+def scan_tiles(arch: int, p: int, n: int, itemsize: int, tma: bool) -> ScanConfig:
+    bn, bp = power_of_two(n), power_of_two(p)
+    wide = itemsize == 4
+    return ScanConfig(min(bp, 64), bn, 64, False, tma, 4, 2)
+
+
+PLANNERS: dict[str, Callable[..., dict[str, object]]] = {"ssd_scan": plan_ssd_scan}
