@@ -3,7 +3,7 @@
 // Every CUDA thread is a std::thread, so that ThreadSanitizer sees a missing __syncthreads as the
 // data race that it is; with HOST_FIBERS every CUDA thread is a fiber of one thread, which is some
 // hundred times faster and deterministic. Blocks run one after the other. Dynamic shared memory is
-// a heap block of exactly the launch's size, filled with NaNs.
+// a heap block of the launch's size (in whole 16 bytes), filled with NaNs.
 #pragma once
 
 #include <cuda_runtime.h>  // types and, for g++, empty qualifiers
@@ -55,7 +55,7 @@ using Barrier = std::barrier<>;
 
 struct Warp {
     Barrier barrier{kWarp};
-    float value[kWarp];
+    float value[2][kWarp];  // by turns, so that one meeting a shuffle is enough
 };
 
 struct Block {
@@ -69,15 +69,16 @@ struct Block {
 struct Thread {
     uint3 index;
     Block* block;
+    bool turn = false;
 
     Warp& warp() const { return *block->warps[index.x / kWarp]; }
     int lane() const { return index.x % kWarp; }
 };
 
 #ifdef HOST_FIBERS
-inline const Thread* current = nullptr;
+inline Thread* current = nullptr;
 #else
-inline thread_local const Thread* current = nullptr;
+inline thread_local Thread* current = nullptr;
 #endif
 
 void run_block(Block& block, const std::function<void()>& body);
@@ -94,16 +95,18 @@ using Packed = std::function<void(const void*)>;
 #define blockIdx (host::current->block->index)
 #define blockDim (host::current->block->size)
 
-inline void __syncthreads() { host::current->block->barrier.arrive_and_wait(); }
+inline void __syncthreads() {
+    host::current->block->barrier.arrive_and_wait();
+}
 
 inline float __shfl_xor_sync(unsigned, float value, int offset) {
     host::Warp& warp = host::current->warp();
     const int lane = host::current->lane();
-    warp.value[lane] = value;
+    float (&values)[host::kWarp] = warp.value[host::current->turn];
+    host::current->turn = !host::current->turn;
+    values[lane] = value;
     warp.barrier.arrive_and_wait();
-    const float other = warp.value[lane ^ offset];
-    warp.barrier.arrive_and_wait();
-    return other;
+    return values[lane ^ offset];
 }
 
 inline float* host_shared_memory() {

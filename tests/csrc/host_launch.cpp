@@ -30,7 +30,9 @@ void fiber_main() {
 
 }  // namespace
 
-void yield() { swapcontext(&running->context, &scheduler); }
+void yield() {
+    swapcontext(&running->context, &scheduler);
+}
 
 void run_block(Block& block, const std::function<void()>& body) {
     static std::vector<char> stacks;
@@ -60,7 +62,7 @@ void run_block(Block& block, const std::function<void()>& body) {
     std::vector<std::thread> threads;
     for (unsigned i = 0; i < block.size.x; ++i)
         threads.emplace_back([&block, &body, i] {
-            const Thread self{{i, 0, 0}, &block};
+            Thread self{{i, 0, 0}, &block};
             current = &self;
             body();
         });
