@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -83,11 +84,9 @@ inline thread_local Thread* current = nullptr;
 
 void run_block(Block& block, const std::function<void()>& body);
 
-template <typename Arguments>
-using Kernel = void (*)(Arguments);
-
 // What a row of the kernel table points to here: a function of the packed arguments.
 using Packed = std::function<void(const void*)>;
+inline std::deque<Packed> packed_kernels;
 
 }  // namespace host
 
@@ -126,12 +125,12 @@ namespace tigon {
 
 template <typename Arguments>
 Kernel table_row(const char* name, void (*kernel)(Arguments)) {
-    auto* packed = new host::Packed([kernel](const void* bytes) {
+    host::packed_kernels.push_back([kernel](const void* bytes) {
         Arguments arguments;
         std::memcpy(&arguments, bytes, sizeof(arguments));
         kernel(arguments);
     });
-    return {name, packed, sizeof(Arguments)};
+    return {name, &host::packed_kernels.back(), sizeof(Arguments)};
 }
 
 }  // namespace tigon

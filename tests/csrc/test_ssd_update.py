@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from memory import guarded, sliced
+from decode_cases import FLOATS, INF, moved, ssd_check, ssd_make, ssd_plain
 from numerics import assert_close_to_oracle
 from options import case_id, pairwise
 
 from tigon import native
 from tigon.reference.ssd import ssd_update as reference
 
-INF = float("inf")
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 CASES = pairwise(
     io=FLOATS,
     held=FLOATS,
@@ -29,134 +27,30 @@ CASES = pairwise(
 )
 
 
-def make(
-    io, held, shape, m, heads, D, z, bias, softplus, limit, beside, ragged, slots, layout, b=3
-):
-    """Arguments of one call, by name. The state is a strided pool in guarded memory."""
-    (p, n), (h, g) = shape, heads
-    small = io if beside == "io" else torch.float32
-
-    def normal(*size, dtype=io):
-        return torch.randn(*size).to(dtype)
-
-    lay = sliced if layout == "sliced" else lambda t, dims: guarded(t)
-    pool = guarded(normal(5, h * p * n + 16, dtype=held))
-    pool[:, h * p * n :] = float("nan")
-    return {
-        "state": pool[:, : h * p * n].unflatten(1, (h, p, n)),
-        "x": lay(normal(b, m, h, p), 2),
-        "dt": lay(normal(b, m, h, dtype=small) if softplus else torch.rand(b, m, h).to(small), 1),
-        "A": guarded(-torch.rand(h).to(small) * 4),
-        "B": lay(normal(b, m, g, n), 2),
-        "C": lay(normal(b, m, g, n), 2),
-        "D": D and guarded(normal(*((h,) if D == "h" else (h, p)), dtype=small)),
-        "z": lay(normal(b, m, h, p), 2) if z else None,
-        "dt_bias": guarded(torch.rand(h).to(small)) if bias else None,
-        "state_indices": guarded(torch.tensor([4, -1, 1], dtype=torch.int32)[:b])
-        if slots
-        else None,
-        "num_tokens": guarded(torch.tensor([m, m, m // 2], dtype=torch.int32)[:b])
-        if ragged
-        else None,
-        "dt_softplus": softplus,
-        "dt_min": limit[0],
-        "dt_max": limit[1],
-    }
-
-
-def plain(**changes) -> dict:
-    """A common case with some options changed."""
-    case = dict(
-        io=torch.bfloat16,
-        held=torch.float32,
-        shape=(64, 128),
-        m=2,
-        heads=(2, 1),
-        D="h",
-        z=True,
-        bias=True,
-        softplus=True,
-        limit=(0.0, INF),
-        beside="fp32",
-        ragged=False,
-        slots=None,
-        layout="packed",
-    )
-    return make(**(case | changes))
-
-
-def moved(arguments: dict, device, dtype=None) -> dict:
-    """The tensors on `device` with all strides and guards kept; or as fp64 copies."""
-
-    def move(t):
-        if not isinstance(t, torch.Tensor):
-            return t
-        if dtype:
-            return t.to(dtype) if t.is_floating_point() else t.clone()
-        base = torch.as_strided(t, (t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
-        return base.to(device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset())
-
-    return {name: move(value) for name, value in arguments.items()}
-
-
-def whole(t):
-    """The bits of the tensor's whole memory, guards and gaps included."""
-    flat = torch.as_strided(t, (t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
-    return flat.clone().view(torch.int16 if t.element_size() == 2 else torch.int32)
-
-
-def check(arguments: dict, y: torch.Tensor, before: dict) -> None:
-    """y and the state against the oracle; what no token touches bit for bit."""
-    exact = moved(before, "cpu", torch.float64)
-    honest = moved(before, "cpu")
-    oracle = reference(**exact)
-    baseline = reference(**honest)
-    assert_close_to_oracle("y", y.cpu(), oracle, baseline)
-    state = arguments["state"].cpu()
-    assert_close_to_oracle("state", state, exact["state"], honest["state"])
-    padding = oracle == 0
-    assert (y.cpu()[padding] == 0).all()
-
-    b, m = before["x"].shape[:2]
-    index, count = before["state_indices"], before["num_tokens"]
-    index = range(b) if index is None else index.tolist()
-    count = [m] * b if count is None else count.tolist()
-    touched = torch.zeros_like(before["state"], dtype=torch.bool)
-    for slot, tokens in zip(index, count):
-        if 0 <= slot < len(touched) and tokens:
-            touched[slot] = True
-    flags = torch.zeros(whole(before["state"]).shape, dtype=torch.bool)
-    flags.as_strided(touched.shape, before["state"].stride(), before["state"].storage_offset())[
-        touched
-    ] = True
-    same = whole(arguments["state"]).cpu() == whole(before["state"])
-    assert (same | flags).all(), "memory outside the rows' slots changed"
-
-
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_values_and_untouched_memory(kernels, case):
-    before = make(**case)
+    before = ssd_make(**case)
     arguments = moved(before, kernels)
-    check(arguments, native.ssd_update(**arguments), before)
+    ssd_check(arguments, native.ssd_update(**arguments), before)
 
 
 @pytest.mark.parametrize("slot", [-1, -(2**31), 5, 2**31 - 1])
 def test_slot_outside_the_pool_writes_zeros_and_touches_nothing(kernels, slot):
-    before = plain()
+    before = ssd_plain()
     before["state_indices"] = torch.tensor([2, slot, 0], dtype=torch.int32)
     arguments = moved(before, kernels)
     y = native.ssd_update(**arguments)
     assert (y[1] == 0).all()
-    check(arguments, y, before)
+    ssd_check(arguments, y, before)
 
 
 def test_num_tokens_outside_its_range_is_clamped(kernels):
-    before = plain(m=3)
+    before = ssd_plain(m=3)
     before["num_tokens"] = torch.tensor([-2, 99, 0], dtype=torch.int32)
     arguments = moved(before, kernels)
     y = native.ssd_update(**arguments)
     before["num_tokens"] = torch.tensor([0, 3, 0], dtype=torch.int32)
-    check(arguments, y, before)
+    ssd_check(arguments, y, before)
 
 
 def row(arguments: dict, i: int, t: slice = slice(None)) -> dict:
@@ -170,7 +64,7 @@ def row(arguments: dict, i: int, t: slice = slice(None)) -> dict:
 
 @pytest.mark.parametrize("held", FLOATS)
 def test_row_has_the_same_bits_alone(kernels, held):
-    together = moved(plain(held=held, m=3), kernels)
+    together = moved(ssd_plain(held=held, m=3), kernels)
     apart = moved(together, kernels)
     y = native.ssd_update(**together)
     rows = [native.ssd_update(**row(apart, i)) for i in range(3)]
@@ -179,7 +73,7 @@ def test_row_has_the_same_bits_alone(kernels, held):
 
 
 def test_tokens_one_call_each_give_the_bits_of_one_call(kernels):
-    together = moved(plain(m=4), kernels)
+    together = moved(ssd_plain(m=4), kernels)
     apart = moved(together, kernels)
     y = native.ssd_update(**together)
     steps = [native.ssd_update(**row(apart, 1, slice(t, t + 1))) for t in range(4)]
@@ -189,7 +83,7 @@ def test_tokens_one_call_each_give_the_bits_of_one_call(kernels):
 
 @pytest.mark.parametrize("held", FLOATS)
 def test_alignment_does_not_change_a_bit(kernels, held):
-    aligned = moved(plain(held=held), kernels)
+    aligned = moved(ssd_plain(held=held), kernels)
     shifted = dict(aligned)
     for name in ("state", "B", "C"):
         t = aligned[name]
@@ -202,7 +96,7 @@ def test_alignment_does_not_change_a_bit(kernels, held):
 
 @pytest.mark.parametrize("name", ["x", "dt", "B", "C", "z"])
 def test_nan_stays_in_its_row(kernels, name):
-    arguments = moved(plain(limit=(0.01, 1.0)), kernels)
+    arguments = moved(ssd_plain(limit=(0.01, 1.0)), kernels)
     clean = moved(arguments, kernels)
     arguments[name][1] = float("nan")
     y, expected = native.ssd_update(**arguments), native.ssd_update(**clean)
@@ -214,7 +108,7 @@ def test_nan_stays_in_its_row(kernels, name):
 def test_offsets_past_two_to_the_31_elements(kernels):
     """Slot, batch and token strides of half the address range of int32, in memory that is hardly touched."""
     far = 2**31 + 64
-    before = plain(io=torch.bfloat16, held=torch.bfloat16, shape=(8, 16), heads=(1, 1), m=1)
+    before = ssd_plain(io=torch.bfloat16, held=torch.bfloat16, shape=(8, 16), heads=(1, 1), m=1)
     arguments = moved(before, kernels)
     sizes = {"state": 8 * 16, "x": 8, "z": 8, "B": 16, "C": 16}
     memory = torch.empty(far + 4096, dtype=torch.bfloat16, device=kernels)
@@ -239,14 +133,14 @@ def test_offsets_past_two_to_the_31_elements(kernels):
 
 
 def test_empty_batch_launches_nothing(kernels):
-    arguments = moved(plain(), kernels)
+    arguments = moved(ssd_plain(), kernels)
     for name in ("x", "dt", "B", "C", "z"):
         arguments[name] = arguments[name][:0]
     assert native.ssd_update(**arguments).shape == (0, 2, 2, 64)
 
 
 def test_int64_indices_do_not_wrap_into_a_slot(kernels):
-    before = plain(m=1)
+    before = ssd_plain(m=1)
     before["state_indices"] = torch.tensor([2**32, 1, 2])
     arguments = moved(before, kernels)
     y = native.ssd_update(**arguments)

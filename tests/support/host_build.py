@@ -38,41 +38,39 @@ def missing() -> str | None:
     return None
 
 
-def build(kind: str, kernels: list[Path] = KERNELS, defines: tuple[str, ...] = ()) -> Path:
+def build(kind: str, kernels: list[Path] = KERNELS) -> Path:
     """The library or program of this kind from these kernel sources, built if it is not there yet."""
     runtime = [SHIM / "host_launch.cpp", *([] if kind == "fibers" else [SHIM / "sanitize.cpp"])]
-    flags = ["-std=c++20", *FLAGS[kind], "-DTIGON_HOST_BUILD", *defines]
-    parts = [*kernels, *runtime, *SHIM.glob("*.h"), *(ROOT / "csrc" / "common").glob("*")]
-    text = b"\0".join([str(flags).encode(), *(path.read_bytes() for path in sorted(parts))])
-    name = f"{kind}-{hashlib.sha256(text).hexdigest()[:16]}"
-    result = BUILDS / (name + (".so" if kind == "fibers" else ""))
     BUILDS.mkdir(parents=True, exist_ok=True)
-    with (BUILDS / f"{name}.lock").open("w") as lock:
+    with (BUILDS / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one of several pytest processes builds, the others wait
-        if not result.exists():
-            compile_all([*kernels, *runtime], flags, result, shared=kind == "fibers")
-    return result
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            objects = list(pool.map(lambda source: compiled(kind, source), [*kernels, *runtime]))
+        result = BUILDS / f"{kind}-{digest(*map(str.encode, map(str, objects)))}"
+        shared = ["-shared"] if kind == "fibers" else []
+        return made(result, ["g++", *FLAGS[kind], *shared, *map(str, objects)])
 
 
-def compile_all(sources: list[Path], flags: list[str], result: Path, shared: bool) -> None:
-    """Compile each source, one per core at a time, and link them into `result`."""
-    scratch = result.with_name(result.name + ".parts")
-    scratch.mkdir(exist_ok=True)
+def compiled(kind: str, source: Path) -> Path:
+    """The object file of one source."""
     include = [f"-I{ROOT / 'csrc'}", f"-I{SHIM}", "-isystem", str(native.cuda_headers())]
-    objects = [scratch / f"{source.name}.o" for source in sources]
-    commands = [
-        ["g++", *flags, *include, "-x", "c++", "-c", str(source), "-o", str(target)]
-        for source, target in zip(sources, objects)
-    ]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(run, commands))
-    linked = scratch / "linked"
-    run(["g++", *flags, *(["-shared"] if shared else []), *map(str, objects), "-o", str(linked)])
-    linked.replace(result)
-    shutil.rmtree(scratch)
+    command = ["g++", "-std=c++20", *FLAGS[kind], "-DTIGON_HOST_BUILD", *include, "-x", "c++", "-c"]
+    headers = [*SHIM.glob("*.h"), *(ROOT / "csrc" / "common").glob("*")]
+    content = (path.read_bytes() for path in (source, *sorted(headers)))
+    name = f"{source.stem}-{kind}-{digest(str(command).encode(), *content)}.o"
+    return made(BUILDS / name, [*command, str(source)])
 
 
-def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+def digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def made(result: Path, command: list[str]) -> Path:
+    """`result`, by the command unless it is there; whole or not at all."""
+    if not result.exists():
+        scratch = result.with_name(f"{result.name}.new")
+        done = subprocess.run([*command, "-o", str(scratch)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        scratch.replace(result)
+    return result

@@ -1,0 +1,88 @@
+"""The kernels on host threads under AddressSanitizer + UBSan and ThreadSanitizer: no report, right numbers.
+
+And the proof that a report would come: a kernel with a missing barrier and one that writes past its end.
+"""
+
+import struct
+from pathlib import Path
+
+import host_build
+import pytest
+import torch
+from decode_cases import conv1d_check, conv1d_plain, moved, ssd_check, ssd_plain
+from sanitized import Sanitized, SanitizerError
+
+from tigon import native
+
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+ALL = dict(D="hp", z=True, bias=True, ragged=True, slots="padded", layout="sliced")
+SSD = [
+    ALL | dict(m=3),
+    ALL | dict(m=2, held=BRAIN, shape=(40, 96), heads=(2, 2)),
+    ALL | dict(m=2, io=HALF, held=HALF, shape=(7, 17), beside="io", D="h"),
+    ALL | dict(m=1, io=FULL, held=FULL, shape=(5, 3), limit=(0.05, 0.4)),
+    ALL | dict(m=16, shape=(2, 256), heads=(1, 1), D=None, z=False, bias=False),
+]
+CONV = [
+    dict(slots="padded", ragged=True, layout="sliced", m=3),
+    dict(io=FULL, held=BRAIN, width=8, extra=2, d=5, m=2, silu=False, bias=False),
+    dict(io=HALF, width=2, d=130, channels_last=True, slots="padded"),
+]
+
+
+def tensors(arguments: dict) -> list[torch.Tensor]:
+    return [t for t in arguments.values() if isinstance(t, torch.Tensor)]
+
+
+def run(sanitizer, arguments, x, launcher, pointers, folder):
+    loader = Sanitized(
+        sanitizer, tensors(arguments), x.numel() * x.element_size(), pointers, folder
+    )
+    native.use_host_library(loader)
+    try:
+        return launcher(**arguments)
+    finally:
+        native.use_host_library(None)
+
+
+@pytest.mark.parametrize("case", SSD, ids=range(len(SSD)))
+def test_ssd_update_is_clean(sanitizer, case, tmp_path):
+    before = ssd_plain(**case)
+    arguments = moved(before, "cpu")
+    y = run(sanitizer, arguments, arguments["x"], native.ssd_update, 12, tmp_path)
+    ssd_check(arguments, y, before)
+
+
+@pytest.mark.parametrize("case", CONV, ids=range(len(CONV)))
+def test_conv1d_update_is_clean(sanitizer, case, tmp_path):
+    before = conv1d_plain(**case)
+    arguments = moved(before, "cpu")
+    y = run(sanitizer, arguments, arguments["x"], native.conv1d_update, 7, tmp_path)
+    conv1d_check(arguments, y, before)
+
+
+def reverse(kind: str, folder: Path, barrier: int = 1, extra: int = 0) -> torch.Tensor:
+    """The kernel of mistakes.cu on 0..63."""
+    if reason := host_build.missing():
+        pytest.skip(reason)
+    program = host_build.build(kind, [Path(__file__).with_name("mistakes.cu")])
+    data = torch.arange(64.0)
+    loader = Sanitized(program, [data], 0, 1, folder)
+    launch = native.Launch("mistakes.cu", "reverse", (1, 1), 64, 256)
+    loader.launch(launch, 0, 0, struct.pack("=Q2i", data.data_ptr(), barrier, extra))
+    return data
+
+
+@pytest.mark.parametrize("kind", ["asan", "tsan"])
+def test_correct_kernel_passes(kind, tmp_path):
+    assert torch.equal(reverse(kind, tmp_path), torch.arange(64.0).flip(0))
+
+
+def test_missing_barrier_is_reported(tmp_path):
+    with pytest.raises(SanitizerError, match="data race"):
+        reverse("tsan", tmp_path, barrier=0)
+
+
+def test_write_past_the_end_is_reported(tmp_path):
+    with pytest.raises(SanitizerError, match="heap-buffer-overflow"):
+        reverse("asan", tmp_path, extra=1)
