@@ -128,7 +128,6 @@ def plan_ssd_scan(
 
 def scan_tiles(arch: int, p: int, n: int, itemsize: int, tma: bool) -> ScanConfig:
     bn, bp = power_of_two(n), power_of_two(p)
-    wide = itemsize == 4
     return ScanConfig(min(bp, 64), bn, 64, False, tma, 4, 2)
 
 

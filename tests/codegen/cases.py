@@ -1,0 +1,71 @@
+"""Which launches the code-generation gate compiles: one line a case.
+
+A case names a launcher's call with tensors on the meta device, for a dtype. Kernels are imported inside the call, so
+that this list can be read in a process where Triton interprets.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+HALF, WIDE = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """name; call(dtype) -> a function without arguments that launches. dtypes are compiled in CI, all_dtypes by
+    `make codegen-all`. native: sm_90 and sm_100 must use their own matrix instruction, not the older mma.sync
+    (tiles under 64 rows cannot)."""
+
+    name: str
+    call: Callable[[torch.dtype], Callable[[], object]]
+    dtypes: tuple[torch.dtype, ...] = (HALF,)
+    all_dtypes: tuple[torch.dtype, ...] = (HALF, torch.float16, WIDE)
+    native: bool = True
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def ssd_forward(
+    p: int, n: int, b=1, l=8192, h=128, g=8, z=False, D="h", packed=False, unaligned=False
+):
+    """As a Mamba-2 layer calls it: x, B, C are slices of one projection, A, D and dt_bias are fp32."""
+
+    def call(dtype):
+        width = h * p + 2 * g * n + int(unaligned)
+        x, B, C = meta(b, l, width, dtype=dtype)[..., int(unaligned) :].split(
+            [h * p, g * n, g * n], -1
+        )
+        B, C = (t.unflatten(-1, (g, n)) for t in (B, C))
+        cu = meta(5, dtype=torch.int32) if packed else None
+        positions = meta(3, dtype=torch.int64) if packed else None
+        skip = {"h": meta(h), "hp": meta(h, p), None: None}[D]
+        gate = meta(b, l, h, p, dtype=dtype) if z else None
+        initial = meta(4 if packed else b, h, p, n)
+        args = (x.unflatten(-1, (h, p)), meta(b, l, h, dtype=dtype), meta(h), B, C, skip, gate)
+        rest = (meta(h), initial, cu, positions, True, 0.0, float("inf"))
+
+        def launch():
+            from tigon.kernels.ssd_forward import ssd_forward
+
+            ssd_forward(*args, *rest)
+
+        return launch
+
+    return call
+
+
+CASES = [
+    Case("ssd_forward p64 n128", ssd_forward(64, 128), (HALF, WIDE)),
+    Case("ssd_forward p64 n128 z", ssd_forward(64, 128, z=True, D="hp")),
+    Case("ssd_forward p64 n128 packed", ssd_forward(64, 128, packed=True)),
+    Case("ssd_forward p64 n128 unaligned", ssd_forward(64, 128, unaligned=True, z=True)),
+    Case("ssd_forward p80 n128", ssd_forward(80, 128, h=112)),
+    Case("ssd_forward p64 n256", ssd_forward(64, 256), (HALF, WIDE)),
+    Case("ssd_forward p128 n64", ssd_forward(128, 64)),
+    Case("ssd_forward p256 n256", ssd_forward(256, 256)),
+    Case("ssd_forward p3 n17", ssd_forward(3, 17, z=True), (HALF, WIDE), native=False),
+]

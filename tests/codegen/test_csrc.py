@@ -1,0 +1,82 @@
+"""nvcc's verdict on csrc/ for every architecture: no spills, no stack, and 16-byte access to the state."""
+
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import host_build
+import pytest
+
+ARCHS = ["80", "90a", "100a", "120a"]
+SOURCES = host_build.KERNELS
+
+
+def cuobjdump() -> str | None:
+    """The system's, or the one in Triton's wheel."""
+    spec = find_spec("triton")
+    wheel = spec and Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
+    return shutil.which("cuobjdump") or (str(wheel) if wheel and wheel.is_file() else None)
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def compiled(request):
+    """source stem -> (cubin, what ptxas said), compiled as CMakeLists.txt does for this architecture."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on PATH: pip install nvidia-cuda-nvcc==13.0.* or a CUDA toolkit")
+    arch = request.param
+    version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
+    if f"sm_{arch.rstrip('a')}" not in known.stdout.split():
+        pytest.skip(f"this nvcc does not know sm_{arch}")
+    code = f"arch=compute_{arch},code=sm_{arch}"
+    command = [nvcc, "-std=c++17", "-O3", "-gencode", code, "-Xptxas", "-v", "-cubin"]
+    headers = [path.read_bytes() for path in sorted((host_build.ROOT / "csrc/common").glob("*"))]
+    results = {}
+    for source in SOURCES:
+        key = host_build.digest(version, str(command).encode(), source.read_bytes(), *headers)
+        cubin = host_build.BUILDS / f"{source.stem}-{arch}-{key}.cubin"
+        log = cubin.with_suffix(".log")
+        if not log.exists():
+            host_build.BUILDS.mkdir(parents=True, exist_ok=True)
+            arguments = [f"-I{host_build.ROOT / 'csrc'}", str(source), "-o", str(cubin)]
+            done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            log.write_text(done.stderr)
+        results[source.stem] = cubin, log.read_text()
+    return results
+
+
+@pytest.mark.parametrize("stem", [source.stem for source in SOURCES])
+def test_no_instance_spills_or_has_a_stack(compiled, stem):
+    log = compiled[stem][1]
+    kernels = re.findall(r"Compiling entry function '(\w+)'", log)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", log)
+    assert len(kernels) == len(frames) == {"ssd_update": 18, "conv1d_update": 9}[stem]
+    assert {k: f for k, f in zip(kernels, frames) if f != ("0", "0", "0")} == {}
+
+
+def test_ssd_update_keeps_five_blocks_on_a_multiprocessor(compiled):
+    """At 16-byte access: 65,536 registers for 5 x 128 threads, the bytes in flight that HBM needs."""
+    log = compiled["ssd_update"][1]
+    used = dict(re.findall(r"entry function '(\w+)'(?:.|\n)*?Used (\d+) registers", log))
+    assert {k: int(r) for k, r in used.items() if "Lb1E" in k and int(r) > 96} == {}
+
+
+def test_ssd_update_moves_the_state_16_bytes_at_a_time(compiled):
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump: it comes with Triton's wheel and with the CUDA toolkit")
+    sass = subprocess.run(
+        [tool, "-sass", str(compiled["ssd_update"][0])], capture_output=True, text=True, check=True
+    ).stdout
+    functions = dict(re.findall(r"Function : (\w+)\n((?:(?!Function :)(?:.|\n))*)", sass))
+    vector = {name: body for name, body in functions.items() if "Lb1E" in name}
+    assert len(vector) == 9
+    for name, body in vector.items():
+        # Two rows of 16 elements a lane; staging loads B and C 16 bytes at a time besides.
+        state = 8 if re.search(r"fLb1E", name) else 4
+        assert len(re.findall(r"LDG\.E\.128", body)) >= state + 2, name
+        assert len(re.findall(r"STG\.E\.128", body)) == state, name
