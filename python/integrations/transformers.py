@@ -141,6 +141,8 @@ def _scan(self, xBC, dt, cache, state, step, packing) -> Tensor:
     elif cache is None:
         y = ops.ssd_scan(x, dt, A, B, C, **options)
     else:
+        if state is not None and torch.is_grad_enabled():
+            state = state.clone()  # saved for backward, and overwritten below
         y, final = ops.ssd_scan(
             *(x, dt, A, B, C), initial_states=state, return_final_states=True, **options
         )

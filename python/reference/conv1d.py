@@ -215,12 +215,14 @@ def conv1d_update(
     slots, _, window = conv_state.shape
     width = weight.shape[1]
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = torch.arange(batch, device=x.device)
-    index = rows if state_indices is None else state_indices.to(torch.int64)
-    live = (index >= 0) & (index < slots)
-    count = torch.full_like(index, m) if num_tokens is None else num_tokens.to(torch.int64)
-    count = torch.where(live, count, 0).clamp(0, m)
-    before = conv_state[index.clamp(0, slots - 1)]
+    everything = state_indices is None and num_tokens is None
+    if not everything:
+        rows = torch.arange(batch, device=x.device)
+        index = rows if state_indices is None else state_indices.to(torch.int64)
+        live = (index >= 0) & (index < slots)
+        count = torch.full_like(index, m) if num_tokens is None else num_tokens.to(torch.int64)
+        count = torch.where(live, count, 0).clamp(0, m)
+    before = conv_state[:batch] if everything else conv_state[index.clamp(0, slots - 1)]
     inputs = torch.cat([before.to(acc), x.to(acc).transpose(1, 2)], 2)  # (b,d,W+m), oldest first
     w = weight.to(acc)
     seen = inputs[:, :, window - (width - 1) :]
@@ -228,9 +230,12 @@ def conv1d_update(
     if bias is not None:
         y = y + bias.to(acc)[:, None]
     y = F.silu(y) if silu else y
-    y = torch.where(torch.arange(m, device=x.device) < count[:, None, None], y, 0)
-    # After n real tokens the window is inputs[n : n + W].
-    kept = count[:, None] + torch.arange(window, device=x.device)
-    new = inputs.gather(2, kept[:, None].expand(-1, inputs.shape[1], -1))
-    write_slots(conv_state, new, index, live)
+    if everything:
+        conv_state[:batch] = inputs[:, :, m:]
+    else:
+        y = torch.where(torch.arange(m, device=x.device) < count[:, None, None], y, 0)
+        # After n real tokens the window is inputs[n : n + W].
+        kept = count[:, None] + torch.arange(window, device=x.device)
+        new = inputs.gather(2, kept[:, None].expand(-1, inputs.shape[1], -1))
+        write_slots(conv_state, new, index, live)
     return y.transpose(1, 2).to(x.dtype).contiguous()
