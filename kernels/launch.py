@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 SMS = {80: 108, 90: 132, 100: 148, 120: 188}  # of A100, H100/H200, B200, RTX PRO 6000
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KB a program may have
@@ -131,4 +131,76 @@ def scan_tiles(arch: int, p: int, n: int, itemsize: int, tma: bool) -> ScanConfi
     return ScanConfig(min(bp, 64), bn, 64, False, tma, 4, 2)
 
 
-PLANNERS: dict[str, Callable[..., dict[str, object]]] = {"ssd_scan": plan_ssd_scan}
+@dataclass(frozen=True)
+class ConvConfig:
+    """A program of causal_conv1d walks `tokens` tokens of `block` channels."""
+
+    tokens: int
+    block: int
+    warps: int
+
+
+def plan_causal_conv1d(
+    arch: int, *, b: int, l: int, d: int, width: int, itemsize: int,
+    backward: bool = False, states: bool = False, **_: int,
+) -> dict[str, ConvConfig]:  # fmt: skip
+    """16-byte accesses where registers allow, and enough programs to fill any chip. states: with gradients of states.
+
+    Backward keeps two windows, the weights and their sums in registers. At width 4 in bf16 on sm_90, 8 channels a
+    thread take 188 registers, and with states 254 (sm_120 then spills 16 bytes); 4 channels with states 163.
+    """
+    vector = 16 // itemsize
+    if backward and width * vector > 32:
+        vector //= 2
+    if backward and states and width * vector > 16:
+        vector //= 2
+    warps = max(1, min(4, power_of_two(d) // (32 * vector)))
+    block = 32 * vector * warps
+    programs = b * -(-d // block)
+    tokens = 16
+    while tokens < 128 and programs * l >= 2 * tokens * 1024:
+        tokens *= 2
+    name = "convolve_backward" if backward else "convolve"
+    return {name: ConvConfig(tokens, block, warps)}
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """Tile of `rows` rows by `block` channels; `row_blocks`: shares of dweight, summed in fixed order."""
+
+    rows: int
+    block: int
+    warps: int
+    row_blocks: int = 0
+
+
+def plan_gated_rms_norm(
+    arch: int, *, t: int, d: int, group_size: int, itemsize: int, backward: bool = False, **_: int
+) -> dict[str, NormConfig]:
+    """At least 1,024 elements a tile, 8 to 32 a thread.
+
+    Backward holds dy, x, z, u and the sum of dweight: groups of more than 16 KB go in pieces of 2,048 (at 4,096 a
+    gated group of 16,384 spills 152 bytes in fp32; at 2,048 it is 72 on sm_120 and 32 on sm_90, and smaller groups
+    do not spill).
+    """
+    block = power_of_two(group_size)
+    if not backward:
+        block = min(block, 8192)
+        rows = max(1, 1024 // block)
+        return {"gated_norm": NormConfig(rows, block, max(1, min(8, rows * block // 256)))}
+    wide = group_size * itemsize > 16384
+    block = min(block, 2048 if wide else 4096)
+    rows = max(1, 1024 // block)
+    warps = 16 if wide else max(1, min(16, rows * block // 256))
+    row_blocks = max(1, min(-(-t // rows), max(64, 1024 * group_size // d)))
+    return {"gated_norm_backward": NormConfig(rows, block, warps, row_blocks)}
+
+
+PLANNERS: dict[str, Callable[..., dict[str, object]]] = {
+    "ssd_scan": plan_ssd_scan,
+    "causal_conv1d": plan_causal_conv1d,
+    "causal_conv1d_backward": partial(plan_causal_conv1d, backward=True),
+    "gated_rms_norm": plan_gated_rms_norm,
+    "gated_rms_norm_backward": partial(plan_gated_rms_norm, backward=True),
+    "rms_norm": plan_gated_rms_norm,
+}
