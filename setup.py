@@ -12,7 +12,12 @@ from setuptools import Extension, find_namespace_packages, setup
 sys.path.insert(0, str(Path(__file__).parent / "build_tools"))
 from tigon_build import BuildNative, mode
 
-ROOMS = {"tigon": "python", "tigon.kernels": "kernels", "tigon.bench": "bench"}
+ROOMS = {
+    "tigon": "python",
+    "tigon.kernels": "kernels",
+    "tigon.bench": "bench",
+    "tigon.csrc": "csrc",
+}
 
 
 def packages():
@@ -25,11 +30,8 @@ def packages():
 
 
 setup(
-    packages=[*packages(), "tigon.csrc"],
-    package_data={
-        "tigon": ["py.typed"],
-        "tigon.csrc": ["*.cu", "*.cuh", "common/*.cuh"],
-    },
+    packages=[*packages()],
+    package_data={"": ["py.typed", "*.cu", "*.cuh"]},
     ext_modules=[] if mode() == "none" else [Extension("tigon._C", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},
 )

@@ -164,7 +164,7 @@ def sections(report: dict) -> dict[str, list[tuple[str, str]]]:
     out = {
         f"Tigon {own.get('version', '?')}": [
             ("path", own.get("path") or line(own)),
-            ("CUDA extension", line(own.get("native"))),
+            ("CUDA extension", native_line(own.get("native") or {})),
             ("build", line(own.get("build"))),
         ],
         "Machine": [*machine_rows, ("driver", line(driver_row)), *gpus],
@@ -193,6 +193,12 @@ def line(value) -> str:
     elif isinstance(value, (list, tuple)):
         value = ";".join(map(str, value))
     return str(value) if value else "none"
+
+
+def native_line(native: dict) -> str:
+    if not native.get("extension"):
+        return line(native.get("why") or native)
+    return line({name: native.get(name) for name in ("archs", "nvcc", "cxx", "kernels")})
 
 
 def gpu_line(gpu: dict) -> str:
