@@ -77,6 +77,6 @@ def test_ssd_update_moves_the_state_16_bytes_at_a_time(compiled):
     assert len(vector) == 9
     for name, body in vector.items():
         # Two rows of 16 elements a lane; staging loads B and C 16 bytes at a time besides.
-        state = 8 if re.search(r"fLb1E", name) else 4
+        state = 4 if re.search(r"(half|bfloat16|S1_)Lb1E", name) else 8
         assert len(re.findall(r"LDG\.E\.128", body)) >= state + 2, name
         assert len(re.findall(r"STG\.E\.128", body)) == state, name

@@ -1,0 +1,201 @@
+"""python/native.py: plans, packed arguments, which way to the kernels is taken, and what is said without one."""
+
+import ctypes
+import importlib.util
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from decode_cases import ssd_plain
+
+from tigon import native
+
+FORMAT = {"void*": "Q", "int*": "Q", "int64": "q", "int": "i", "float": "f"}
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "packed"),
+    [
+        ("ssd_update.cu", "SsdUpdate", native.SSD_UPDATE),
+        ("conv1d_update.cu", "Conv1dUpdate", native.CONV1D_UPDATE),
+    ],
+)
+def test_packed_format_is_the_struct_of_the_source(source, name, packed):
+    text = (native.sources() / source).read_text()
+    body = re.sub(r"//.*", "", re.search(rf"struct {name} {{(.*?)}};", text, re.S)[1])
+    codes = ""
+    for kind, names in re.findall(r"(?:const )?(\w+\*?) ([\w, ]+);", body):
+        codes += FORMAT[kind] * len(names.split(","))
+    expanded = re.sub(r"(\d+)(\w)", lambda m: m[2] * int(m[1]), packed.format.lstrip("="))
+    assert expanded == codes
+
+
+def test_plan_fits_every_shape_that_is_allowed():
+    for n in range(1, 257):
+        for p in (1, 2, 3, 17, 64, 80, 100, 255, 256):
+            for m in (1, 16):
+                plan = native.plan_ssd_update(3, m, 5, p, n, "bf16", "f16", False)
+                rows = plan.block // native._lanes(n) * 2
+                assert plan.block % 32 == 0 and m <= plan.block <= 128
+                assert plan.grid[0] == 15 and (plan.grid[1] - 1) * rows < p <= plan.grid[1] * rows
+                assert native._lanes(n) * 16 >= n
+                assert plan.shared_bytes <= 48 * 1024  # more would need an opt-in
+
+
+def test_plan_depends_on_neither_batch_nor_tokens():
+    """A row's lanes and order of sums are set by n, p and the formats alone."""
+    one = native.plan_ssd_update(1, 1, 8, 64, 128, "bf16", "f32", True)
+    many = native.plan_ssd_update(999, 16, 8, 64, 128, "bf16", "f32", True)
+    assert (one.kernel, one.block, one.grid[1]) == (many.kernel, many.block, many.grid[1])
+
+
+def test_plan_refuses_more_blocks_than_a_grid_has():
+    with pytest.raises(ValueError, match="ssd_update"):
+        native.plan_ssd_update(2**24, 1, 128, 64, 128, "bf16", "f32", True)
+    with pytest.raises(ValueError, match="conv1d_update"):
+        native.plan_conv1d_update(2**31, 1, "bf16", "f32")
+
+
+def test_host_library_refuses_unknown_kernels_and_sizes(host_library):
+    library = native.HostLibrary(host_library)
+    launch = native.plan_conv1d_update(1, 3, "f32", "f32")
+    with pytest.raises(RuntimeError, match="5 bytes"):
+        library.launch(launch, 0, 0, b"12345")
+
+
+def test_cpu_tensors_without_host_library_say_why():
+    native.use_host_library(None)
+    with pytest.raises(RuntimeError, match="host build"):
+        native.ssd_update(**ssd_plain())
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """No memory of earlier searches, and a say in what can be found."""
+    found = {}
+    real = importlib.util.find_spec
+
+    def find_spec(name, *rest):
+        return found[name] if name in found else real(name, *rest)
+
+    monkeypatch.setattr(native.importlib.util, "find_spec", find_spec)
+    for search in (native.load, native._extension):
+        search.cache_clear()
+    yield found
+    monkeypatch.undo()
+    for search in (native.load, native._extension):
+        search.cache_clear()
+
+
+def fake_extension(monkeypatch, fresh) -> list:
+    """A tigon._C that records its launches."""
+    launches = []
+    module = SimpleNamespace(
+        built_archs="80, 90a",
+        nvcc_version="13.0",
+        cxx_compiler="GNU 12",
+        kernels=dict,
+        find=lambda name: 7,
+        launch=lambda *arguments: launches.append(arguments),
+    )
+    fresh["tigon._C"] = module
+    monkeypatch.setitem(sys.modules, "tigon._C", module)
+    return launches
+
+
+def test_extension_comes_first(fresh, monkeypatch):
+    launches = fake_extension(monkeypatch, fresh)
+    fresh["cupy"] = object()
+    plan = native.plan_ssd_update(2, 1, 3, 64, 128, "bf16", "f32", True)
+    native.load().launch(plan, 1, 99, b"arguments")
+    assert launches == [(7, 6, 2, 128, plan.shared_bytes, 1, 99, b"arguments")]
+    assert native.available() == (True, "the extension tigon._C, built for 80, 90a")
+    assert native.status()["backend"] == "extension"
+
+
+def test_cupy_compiles_the_one_instance_once_a_device(fresh, monkeypatch, tmp_path):
+    """With a CuPy that records: the options it is given, and the bytes that a launch points to."""
+    modules, launched = [], []
+
+    def raw_module(**options):
+        modules.append(options)
+        kernel = SimpleNamespace(kernel=SimpleNamespace(ptr=1234))
+        return SimpleNamespace(get_function=lambda name: kernel)
+
+    def launch_kernel(*arguments):
+        address = ctypes.cast(arguments[-2], ctypes.POINTER(ctypes.c_void_p))[0]
+        launched.append((arguments[:-2], ctypes.string_at(address, 4)))
+
+    class Device:
+        def __init__(self, index):
+            assert index == 1
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            return None
+
+    driver = SimpleNamespace(launchKernel=launch_kernel)
+    cupy = SimpleNamespace(cuda=SimpleNamespace(Device=Device, driver=driver), RawModule=raw_module)
+    fresh |= {"tigon._C": None, "cupy": cupy}
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(native, "cuda_headers", lambda: tmp_path)
+    plan = native.plan_ssd_update(2, 1, 3, 64, 128, "bf16", "f32", True)
+    for _ in range(2):
+        native.load().launch(plan, 1, 99, b"\1\2\3\4")
+    assert [m["name_expressions"] for m in modules] == [(plan.kernel,)]
+    assert f"-I{native.sources()}" in modules[0]["options"]
+    assert launched == [((1234, 6, 2, 1, 128, 1, 1, plan.shared_bytes, 99), b"\1\2\3\4")] * 2
+    assert native.available()[0] and native.status()["backend"] == "cupy"
+
+
+def test_without_extension_and_cupy_the_reason_and_the_fix_are_given(fresh):
+    fresh |= {"tigon._C": None, "cupy": None}
+    usable, reason = native.available()
+    assert not usable and "not built" in reason and "pip install" in reason
+    with pytest.raises(RuntimeError, match="pip install"):
+        native.load()
+    assert native.status()["fix"] and native.status()["why"]
+
+
+def test_broken_extension_is_told_from_a_missing_one(fresh, monkeypatch):
+    fresh |= {"tigon._C": object(), "cupy": None}
+    monkeypatch.setitem(sys.modules, "tigon._C", None)  # importing it raises ImportError
+    assert "cannot be loaded" in native.available()[1]
+
+
+def test_status_needs_neither_torch_nor_cupy():
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['cupy'] = None\n"
+        "from tigon import native; native.status(); native.available()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_extension_of_this_build_has_every_kernel_that_is_planned():
+    """All formats by all formats; and the argument sizes of the binary are those that are packed."""
+    module, why = native._extension()
+    if module is None:
+        pytest.skip(why)
+    sizes = module.kernels()
+    for io in native.FORMATS:
+        for state in native.FORMATS:
+            conv = native.plan_conv1d_update(1, 8, io, state).kernel
+            assert sizes.pop(conv) == native.CONV1D_UPDATE.size
+            for vectors in (True, False):
+                ssd = native.plan_ssd_update(1, 1, 1, 8, 8, io, state, vectors).kernel
+                assert sizes.pop(ssd) == native.SSD_UPDATE.size
+    assert not sizes
+
+
+def test_extension_without_a_gpu_raises_what_cuda_says():
+    module, why = native._extension()
+    if module is None or torch.cuda.is_available():
+        pytest.skip(why or "there is a GPU")
+    launch = native.plan_conv1d_update(1, 3, "f32", "f32")
+    with pytest.raises(RuntimeError, match="CUDA"):
+        native.Extension(module).launch(launch, 0, 0, bytes(native.CONV1D_UPDATE.size))
