@@ -58,6 +58,48 @@ def ssd_forward(
     return call
 
 
+def causal_conv1d(d: int, width: int, backward: bool, states: bool):
+    """As a Mamba-2 layer calls it: x is a slice of one projection, weight and bias are fp32."""
+
+    def call(dtype):
+        x = meta(1, 8192, 2 * d, dtype=dtype)[..., d:]
+        initial = meta(4, d, width - 1) if states else None
+        cu = meta(5, dtype=torch.int32) if states else None
+        given = (x, meta(d, width), meta(d), initial, cu, True)
+        dfinal = meta(4, d, width - 1, dtype=dtype) if states else None
+
+        def launch():
+            from tigon.kernels.causal_conv1d import conv1d_backward, conv1d_forward
+
+            if backward:
+                conv1d_backward(meta(1, 8192, d, dtype=dtype), dfinal, *given)
+            else:
+                conv1d_forward(*given)
+
+        return launch
+
+    return call
+
+
+def gated_norm(d: int, size: int, backward: bool, gate: bool = True, last: bool = False):
+    def call(dtype):
+        x, dy = meta(8192, d, dtype=dtype), meta(8192, d, dtype=dtype)
+        z = meta(8192, 2 * d, dtype=dtype)[:, :d] if gate else None
+        given = (x, z, meta(d), 1e-5, size, last)
+
+        def launch():
+            from tigon.kernels.gated_norm import norm_backward, norm_forward
+
+            if backward:
+                norm_backward(dy, *given)
+            else:
+                norm_forward(*given)
+
+        return launch
+
+    return call
+
+
 CASES = [
     Case("ssd_forward p64 n128", ssd_forward(64, 128), (HALF, WIDE)),
     Case("ssd_forward p64 n128 z", ssd_forward(64, 128, z=True, D="hp")),
@@ -68,4 +110,27 @@ CASES = [
     Case("ssd_forward p128 n64", ssd_forward(128, 64)),
     Case("ssd_forward p256 n256", ssd_forward(256, 256)),
     Case("ssd_forward p3 n17", ssd_forward(3, 17, z=True), (HALF, WIDE), native=False),
+    *(
+        Case(
+            f"causal_conv1d {way} d{d} width{width}{' states' * states}",
+            causal_conv1d(d, width, way == "backward", states),
+            dtypes,
+        )
+        for way in ("forward", "backward")
+        for d, width, states, dtypes in (
+            (10240, 4, False, (HALF, WIDE)),
+            (10240, 4, True, (HALF,)),
+            (77, 3, False, (WIDE,)),
+        )
+    ),
+    *(
+        Case(f"gated_norm {way} {name}", gated_norm(d, size, way == "backward", **kw), dtypes)
+        for way in ("forward", "backward")
+        for name, d, size, kw, dtypes in (
+            ("group 1024", 8192, 1024, {}, (HALF, WIDE)),
+            ("group 640 last", 5120, 640, {"last": True}, (HALF,)),
+            ("row 4096", 4096, 4096, {"gate": False}, (HALF,)),
+            ("row 8192", 8192, 8192, {}, (HALF,)),
+        )
+    ),
 ]
