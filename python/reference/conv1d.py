@@ -34,6 +34,7 @@ class _Taps:
         self.sequences = self.batch if not self.packed else cu_seqlens.numel() - 1
         shape = (self.sequences, width - 1, self.channels)
         self.initial = torch.zeros(shape, dtype=self.acc, device=x.device)
+        self.has_initial = initial is not None
         if initial is not None:
             self.initial.copy_(initial.transpose(1, 2))
         # Tokens that still see the initial state, the first width-1 of each sequence: rows of a buffer with
@@ -61,14 +62,14 @@ class _Taps:
 
     def add_head(self, y: Tensor, weight: Tensor) -> Tensor:
         """Add what the initial state contributes to the first width-1 tokens of each sequence."""
-        if not self.length or self.width == 1:
+        if not self.has_initial or not self.length or self.width == 1:
             return y
         head = torch.stack(
             [self._head(r, weight) for r in range(self.width - 1)], 1
         )  # (s,width-1,d)
         if not self.packed:
-            head = head[:, : self.length]
-            return torch.cat([y[:, : head.shape[1]] + head, y[:, head.shape[1] :]], 1)
+            y[:, : self.width - 1] += head[:, : self.length]
+            return y
         padded = F.pad(y, (0, 0, 0, 1))
         return padded.index_add_(1, self.head_row.flatten(), head.flatten(0, 1)[None])[:, :-1]
 
@@ -99,11 +100,15 @@ class _Taps:
 
 
 def _preactivation(taps: _Taps, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = taps.x * weight[:, -1]
+    w = weight.t().contiguous()  # a tap's channels side by side
+    y = taps.x * w[-1]
     for j in range(1, taps.width):
-        y.addcmul_(taps.earlier(j), weight[:, taps.width - 1 - j])
+        if taps.packed:
+            y.addcmul_(taps.earlier(j), w[taps.width - 1 - j])
+        else:
+            y[:, j:].addcmul_(taps.x[:, : max(taps.length - j, 0)], w[taps.width - 1 - j])
     y = taps.add_head(y, weight)
-    return y if bias is None else y + bias
+    return y if bias is None else y.add_(bias)
 
 
 def conv1d_forward(
@@ -118,7 +123,7 @@ def conv1d_forward(
     taps = _Taps(x, weight.shape[1], initial_state, cu_seqlens)
     y = _preactivation(taps, weight.to(taps.acc), None if bias is None else bias.to(taps.acc))
     if silu:
-        y = F.silu(y)
+        y = F.silu(y, inplace=True)
     place, token = taps.tail_index()
     older = taps.initial.gather(1, _columns(place + taps.width - 1, taps))
     if taps.length:
