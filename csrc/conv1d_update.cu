@@ -6,14 +6,15 @@
 // 2 to 8, state (slots,d,W) with W >= width-1, newest input last; all W inputs move on by the
 // number of real tokens. Rows past num_tokens[b] and rows without a valid slot get y = 0.
 //
-// One thread owns one (row, channel): the window lives in registers, right-aligned, so that one
-// instance serves every width.
+// One thread owns one (row, channel): the newest 7 inputs live in registers, right-aligned, so that
+// one instance serves every width, and the state is read and written once.
 #include "common/math.cuh"
 #include "common/types.cuh"
 
 namespace tigon {
 
 constexpr int kMaxWidth = 8;
+constexpr int kPast = kMaxWidth - 1;  // inputs before the current one, in registers
 
 struct Conv1dUpdate {
     void* state;
@@ -32,7 +33,7 @@ struct Conv1dUpdate {
 };
 
 template <typename Io, typename State>
-__global__ void __launch_bounds__(128) conv1d_update(const Conv1dUpdate a) {
+__global__ void __launch_bounds__(128, 8) conv1d_update(const Conv1dUpdate a) {
     const int channel = blockIdx.y * blockDim.x + threadIdx.x;
     if (channel >= a.channels) return;
     const int64 row = blockIdx.x;
@@ -50,36 +51,41 @@ __global__ void __launch_bounds__(128) conv1d_update(const Conv1dUpdate a) {
                    channel * a.state_stride_channel;
 
     const int first = kMaxWidth - a.width;  // the oldest tap in use
+    const int kept = a.window - kPast;      // inputs older than the registers hold; may be negative
     float weight[kMaxWidth], input[kMaxWidth];
 #pragma unroll
     for (int k = 0; k < kMaxWidth; ++k) {
         weight[k] = input[k] = 0.0f;
-        if (k < first) continue;
-        weight[k] = load_as(a.weight, int64(channel) * a.width + k - first, a.weight_dtype);
-        if (k < kMaxWidth - 1)
-            input[k] = to_float(state[int64(a.window - (kMaxWidth - 1) + k) * a.state_stride_time]);
+        if (k >= first)
+            weight[k] = load_as(a.weight, int64(channel) * a.width + k - first, a.weight_dtype);
+        if (k < kPast && kept + k >= 0)
+            input[k] = to_float(state[int64(kept + k) * a.state_stride_time]);
     }
     const float bias = a.bias ? load_as(a.bias, channel, a.bias_dtype) : 0.0f;
 
     for (int t = 0; t < tokens; ++t) {
-        input[kMaxWidth - 1] = to_float(x[t * a.x_stride_token]);
+        input[kPast] = to_float(x[t * a.x_stride_token]);
         float sum = bias;
 #pragma unroll
         for (int k = 0; k < kMaxWidth; ++k)
             if (k >= first) sum += weight[k] * input[k];
         y[int64(t) * a.channels] = from_float<Io>(a.activate ? silu(sum) : sum);
 #pragma unroll
-        for (int k = 0; k < kMaxWidth - 1; ++k) input[k] = input[k + 1];
+        for (int k = 0; k < kPast; ++k) input[k] = input[k + 1];
     }
 
-    // Upwards, each place is read before it is written, because inputs only move towards 0.
-    for (int i = 0; i < a.window; ++i) {
+    // A longer window: upwards, each place is read before it is written.
+    for (int i = 0; i < kept; ++i) {
         const int source = i + tokens;
         state[i * a.state_stride_time] =
             source < a.window
                 ? state[source * a.state_stride_time]
                 : from_float<State>(to_float(x[(source - a.window) * a.x_stride_token]));
     }
+#pragma unroll
+    for (int k = 0; k < kPast; ++k)
+        if (kept + k >= 0)
+            state[int64(kept + k) * a.state_stride_time] = from_float<State>(input[k]);
 }
 
 #ifndef __CUDACC_RTC__
