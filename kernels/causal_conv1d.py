@@ -41,11 +41,11 @@ def inside_if(condition, channel, D: tl.constexpr):
 
 
 @triton.jit
-def columns(ptr, row, channel, inside, COUNT: tl.constexpr, D: tl.constexpr):
-    """The COUNT columns of (rows,d,COUNT) as channel vectors."""
+def columns(ptr, channel, inside, COUNT: tl.constexpr):
+    """The COUNT columns of (d,COUNT) as channel vectors."""
     out = ()
     for i in tl.static_range(COUNT):
-        place = ptr + row * (D * COUNT) + i + channel * COUNT
+        place = ptr + (channel * COUNT + i)
         out += (tl.load(place, mask=inside, other=0.0).to(tl.float32),)
     return out
 
@@ -85,7 +85,7 @@ def sequence_bounds(bounds_ptr, sequence, token, length):
         return token * 0, token * 0 + length
     else:
         start = tl.load(bounds_ptr + sequence).to(tl.int64)
-        end = tl.load(bounds_ptr + sequence + 1).to(tl.int64)
+        end = tl.load(bounds_ptr + (sequence + 1)).to(tl.int64)
         return tl.minimum(tl.maximum(start, 0), token), tl.minimum(tl.maximum(end, token), length)
 
 
@@ -138,7 +138,7 @@ def convolve(
     STATE: tl.constexpr = D * (WIDTH - 1)
     channel, batch, _, token, stop = owned_tokens(length, TOKENS, BLOCK_D, D)
     inside = channel < D
-    weight = columns(weight_ptr, 0, channel, inside, WIDTH, D)
+    weight = columns(weight_ptr, channel, inside, WIDTH)
     bias = load_bias(bias_ptr, channel, inside, BLOCK_D)
     x_row = x_ptr + batch * x_b
     y_row = y_ptr + batch * length * D
@@ -159,7 +159,7 @@ def convolve(
             window = window[1:]
         if last == end:
             for i in tl.static_range(WIDTH - 1):
-                place = final_ptr + sequence * STATE + i + channel * (WIDTH - 1)
+                place = final_ptr + sequence * STATE + (channel * (WIDTH - 1) + i)
                 tl.store(place, narrow(window[i], final_ptr.dtype.element_ty, UPCAST), mask=inside)
         token = last
         sequence += 1
@@ -177,7 +177,7 @@ def convolve_backward(
     STATE: tl.constexpr = D * (WIDTH - 1)
     channel, batch, stretch, token, stop = owned_tokens(length, TOKENS, BLOCK_D, D)
     inside = channel < D
-    weight = columns(weight_ptr, 0, channel, inside, WIDTH, D)
+    weight = columns(weight_ptr, channel, inside, WIDTH)
     bias = load_bias(bias_ptr, channel, inside, BLOCK_D)
     dweight = zeros(WIDTH, BLOCK_D)
     dbias = tl.zeros((BLOCK_D,), tl.float32)

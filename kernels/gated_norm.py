@@ -150,7 +150,7 @@ def gated_norm_backward(
         dweight = summed
     for chunk in tl.static_range(CHUNKS):
         place = chunk * BLOCK + tl.arange(0, BLOCK)
-        share = sums_ptr + (program // GROUPS).to(tl.int64) * D + group * SIZE + place
+        share = sums_ptr + (program // GROUPS).to(tl.int64) * D + (group * SIZE + place)
         tl.store(share, tl.sum(dweight[chunk], 0), mask=place < SIZE)
 
 
