@@ -264,7 +264,7 @@ def _advance(k: _Chunk, R: Tensor, low) -> Tensor:
     """Exit state of a chunk from its entry state."""
     weighted = k.rows(low(k.x * (k.to_end * k.dt)[..., None]))  # (b,g,q,e*p)
     added = (weighted.transpose(-1, -2) @ k.B).view(R.shape)
-    return added.add_(torch.exp(k.total)[..., None, None] * R)
+    return added.addcmul_(torch.exp(k.total)[..., None, None], R)
 
 
 def _prepare(x, A, D, dt_bias, round_operands):
