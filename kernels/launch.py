@@ -75,19 +75,45 @@ def plan(op: str, arch: int, **sizes: int) -> dict[str, object]:
 class ScanConfig:
     """Tiles of one SSD forward kernel: a program's state is (block_p, block_n), its chunk q tokens.
 
-    np: the state is held transposed, (block_n, block_p). tma: tiles through tensor descriptors. precision: of
+    np: the state is held transposed, (block_n, block_p), so that its long side is the matrix instruction's. mix_first:
+    C.B^T before C.R. tma: tiles through tensor descriptors. resident: programs an SM holds. precision: of
     fp32 products. segment: tokens one program walks.
     """
 
     block_p: int
     block_n: int
     q: int
-    np: bool
-    tma: bool
     warps: int
-    stages: int
+    stages: int = 2
+    resident: int = 1
+    np: bool = False
+    mix_first: bool = False
+    tma: bool = False
     precision: str = "tf32x3"
     segment: int = 0
+
+
+def scan_tiles(arch: int, p: int, n: int, itemsize: int, tma: bool) -> ScanConfig:
+    """The table: rows by architecture, dtype size and state width; a row says the largest block_p."""
+    block_n = power_of_two(n)
+    wide = block_n > 128
+    if itemsize == 4:
+        row = ScanConfig(16 if wide else 32, block_n, 16, 8, mix_first=True)
+    elif arch in (80, 120):
+        # mma.sync keeps accumulators and operands in registers: q 64 spills 600 bytes, and so does C.R first on
+        # sm_80. q 32, 4 warps: 255 registers, 38 KB (sm_80), 250 registers, 42 KB (sm_120). n 256 in
+        # tiles of 32 x 256: 168 bytes spilled with 4 warps, none with 8 (255 and 246 registers, 54 KB).
+        warps, resident = (8, 1) if wide else (4, 2)
+        row = ScanConfig(32 if wide else 64, block_n, 32, warps, 2, resident, mix_first=True)
+    else:
+        # A warp group is 64 rows high, so 8 warps would do the q 64 products twice. sm_90: 255 registers, 96 KB, two
+        # programs an SM; 56 KB and 255 registers without TMA. sm_100: 246 registers, 104 KB; without TMA 4 warps
+        # spill 112 bytes, 8 do not. n 256 (32 x 256, transposed): 211 registers, 152 KB; sm_100: 223.
+        warps = 8 if arch == 100 and not tma else 4
+        row = ScanConfig(32 if wide else 64, block_n, 64, warps, 2, 1 if wide or warps == 8 else 2)
+    block_p = min(row.block_p, power_of_two(p))
+    native = arch in (90, 100) and itemsize < 4
+    return replace(row, block_p=block_p, np=native and block_p < 64, tma=tma)
 
 
 INVARIANT_SEGMENT = 1024  # tokens, whatever the batch: a row's bits must not depend on its mates
@@ -105,8 +131,7 @@ def segment_tokens(programs: int, length: int, slots: int) -> int:
         waves = -(-programs * split // slots)
         return waves / split * (1 + 0.45 * (split - 1) / split)
 
-    splits = range(1, max(1, min(32, length // MIN_SEGMENT)) + 1)
-    split = min(splits, key=cost)
+    split = min(range(1, max(1, min(32, length // MIN_SEGMENT)) + 1), key=cost)
     return -(-length // (split * 64)) * 64
 
 
@@ -115,20 +140,13 @@ def plan_ssd_scan(
     sms: int | None = None, aligned: bool = True, batch_invariant: bool = False, **_: int,
 ) -> dict[str, ScanConfig]:  # fmt: skip
     """Walk and segment passes of `ssd_scan`. aligned: rows start on 16 bytes, which TMA needs."""
-    tma = aligned and arch >= 90
-    walk = scan_tiles(arch, p, n, itemsize, tma)
-    slots = 2 * (sms or SMS[arch])
-    tiles = -(-p // walk.block_p)
+    tiles = scan_tiles(arch, p, n, itemsize, aligned and arch >= 90)
     segment = INVARIANT_SEGMENT
     if not batch_invariant:
-        segment = segment_tokens(max(1, b * h * tiles), max(1, l), slots)
-    walk = replace(walk, segment=segment)
-    return {"walk": walk, "segment_states": walk}
-
-
-def scan_tiles(arch: int, p: int, n: int, itemsize: int, tma: bool) -> ScanConfig:
-    bn, bp = power_of_two(n), power_of_two(p)
-    return ScanConfig(min(bp, 64), bn, 64, False, tma, 4, 2)
+        programs = max(1, b * h * -(-p // tiles.block_p))
+        segment = segment_tokens(programs, max(1, l), tiles.resident * (sms or SMS[arch]))
+    tiles = replace(tiles, segment=segment)
+    return {"walk": tiles, "segment_states": tiles}
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,33 @@ def advance(
 
 
 @triton.jit
+def mixing(C, B, cs, dt, limit, Q: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """M[l,s] = C_l.B_s exp(cs_l - cs_s) dt'_s for s <= l, else 0."""
+    q = tl.arange(0, Q)
+    M = dot(C, tl.trans(B), None, PRECISION, UPCAST)
+    M *= decay(cs[:, None] - cs[None, :], limit)
+    M *= dt[None, :]
+    return narrow(tl.where(q[:, None] >= q[None, :], M, 0.0), C.dtype, UPCAST)
+
+
+@triton.jit
+def carried(
+    C, S, x, cs, D,
+    HAS_D: tl.constexpr, NP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """exp(cs_l) R C_l + D x_l."""
+    R = narrow(S, C.dtype, UPCAST)
+    if NP:
+        y = dot(C, R, None, PRECISION, UPCAST)
+    else:
+        y = dot(C, tl.trans(R), None, PRECISION, UPCAST)
+    y *= tl.exp2(cs)[:, None]
+    if HAS_D:
+        y += D * x
+    return y
+
+
+@triton.jit
 def segment_states(
     x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, exits_ptr, decays_ptr,
     starts, ends, sequences, offsets, length, size, per_sequence, heads, per_group,
@@ -211,7 +238,8 @@ def walk(
     x_b, x_t, dt_b, dt_t, dt_h, B_b, B_t, C_b, C_t, z_b, z_t, initial_s, dt_min, dt_max,
     SOFTPLUS: tl.constexpr, D_ROWS: tl.constexpr, KEEP_LAST: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    Q: tl.constexpr, NP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    Q: tl.constexpr, NP: tl.constexpr, MIX_FIRST: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """y of one segment and, from the last one of a sequence, its final state.
 
@@ -261,7 +289,12 @@ def walk(
     if z_ptr is not None:
         z_ptr += batch * z_b + start * z_t + head * P
         zs = tile_source(z_ptr, tokens, z_t, P, Q, BLOCK_P, TMA)
-    io: tl.constexpr = x_ptr.dtype.element_ty
+    HAS_D: tl.constexpr = D_ptr is not None
+    if D_ROWS:
+        p = column + tl.arange(0, BLOCK_P)
+        D = tl.load(D_ptr + head * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
+    else:
+        D = load_head(D_ptr, head)
 
     for t in tl.range(0, tokens, Q, disable_licm=True):
         dt = load_step_size(
@@ -272,29 +305,19 @@ def walk(
         B = load_tile(Bs, t, tokens, 0, B_t, N, Q, BLOCK_N, TMA)
         x = load_tile(xs, t, tokens, column, x_t, P, Q, BLOCK_P, TMA)
 
-        R = narrow(S, io, UPCAST)
-        if NP:
-            y = dot(C, R, None, PRECISION, UPCAST)
+        if MIX_FIRST:
+            M = mixing(C, B, cs, dt, limit, Q, PRECISION, UPCAST)
+            y = carried(C, S, x, cs, D, HAS_D, NP, PRECISION, UPCAST)
         else:
-            y = dot(C, tl.trans(R), None, PRECISION, UPCAST)
-        y *= tl.exp2(cs)[:, None]
-        if D_ptr is not None:
-            if D_ROWS:
-                p = column + tl.arange(0, BLOCK_P)
-                D = tl.load(D_ptr + head * P + p, mask=p < P, other=0.0).to(tl.float32)
-                y += D[None, :] * x
-            else:
-                y += load_head(D_ptr, head) * x
-        CB = dot(C, tl.trans(B), None, PRECISION, UPCAST)
-        CB *= decay(cs[:, None] - cs[None, :], limit) * dt[None, :]
-        CB = narrow(tl.where(q[:, None] >= q[None, :], CB, 0.0), io, UPCAST)
-        y = dot(CB, x, y, PRECISION, UPCAST)
+            y = carried(C, S, x, cs, D, HAS_D, NP, PRECISION, UPCAST)
+            M = mixing(C, B, cs, dt, limit, Q, PRECISION, UPCAST)
+        y = dot(M, x, y, PRECISION, UPCAST)
         S, _ = advance(S, x, B, cs, dt, limit, Q, NP, PRECISION, UPCAST)
 
         if z_ptr is not None:
             z = load_tile(zs, t, tokens, column, z_t, P, Q, BLOCK_P, TMA).to(tl.float32)
             y *= z * tl.sigmoid(z)
-        y = narrow(y, io, UPCAST)
+        y = narrow(y, x.dtype, UPCAST)
         if TMA:
             ys.store([t, column], y)
         else:
@@ -413,7 +436,7 @@ def ssd_forward(
             x, dt, A, B, C, D, z, dt_bias, initial_states, exits, y, final, *table, *sizes,
             *strides, *pitch(C), *pitch(z), initial_s, dt_min, dt_max,
             D_ROWS=D is not None and D.dim() == 2, KEEP_LAST=state_positions is not None,
-            **shared, **tiles(config),
+            MIX_FIRST=config.mix_first, **shared, **tiles(config),
         )  # fmt: skip
     if state_positions is None:
         return y, final, final[:0]
