@@ -146,12 +146,13 @@ def test_wrong_bounds_never_leave_the_buffers(device, short_stretches):
         assert y.shape == x.shape
 
 
-def test_addresses_are_64_bit(device):
-    """Batch rows lie 2^31 elements apart; the buffer is allocated but hardly touched."""
-    far, d = 2**31 + 64, 8
-    buffer = torch.empty(far + 64 * d, dtype=torch.float16, device=device)
-    x = buffer.as_strided((2, 3, d), (far, d, 1))
-    x.copy_(torch.randn(2, 3, d))
+@pytest.mark.parametrize("far", ["batch", "token"])
+def test_addresses_are_64_bit(far, device):
+    """The third batch row or token lies 2^31 elements away; the buffer is allocated but hardly touched."""
+    step, d = 2**30, 8
+    buffer = torch.empty(2 * step + 64 * d, dtype=torch.float16, device=device)
+    x = buffer.as_strided((3, 3, d), (step, d, 1) if far == "batch" else (d, step, 1))
+    x.copy_(torch.randn(3, 3, d))
     weight = torch.randn(d, 4, device=device)
     near = x.contiguous()
     rest = (weight, None, None, None, True)
