@@ -10,9 +10,10 @@
 //
 // A decode step is bytes: the state is read once and written once. A block owns `rows` rows of p of
 // one head. A group of `lanes` lanes owns kRows of those rows; a lane holds 16 elements of n of
-// each of them in registers through all tokens: 128 bytes of state a thread in flight at once. x,
-// z, B, C and the decays of all tokens are staged in shared memory as fp32 while the state is on
-// its way.
+// each of them in registers through all tokens: 128 bytes of an fp32 state a thread in flight. All
+// else is staged in shared memory as fp32 while the state is on its way: B and C by the first
+// warps, the step sizes from the middle on, x, z and D by the last ones, so that at small m no warp
+// waits for memory twice.
 //
 // Which lane adds which elements depends on n and the formats alone, never on the batch, m,
 // alignment or strides, so a row's bits do not either.
@@ -55,6 +56,7 @@ struct SsdUpdate {
 struct Staged {
     float *B, *C;       // (tokens, n_padded), see place()
     float *x, *gate;    // (tokens, rows); gate = silu(z) or 1
+    float* D;           // (rows)
     float *dt, *decay;  // (tokens)
     int n_padded;
 
@@ -64,7 +66,8 @@ struct Staged {
         C = B + a.tokens * n_padded;
         x = C + a.tokens * n_padded;
         gate = x + a.tokens * a.rows;
-        dt = gate + a.tokens * a.rows;
+        D = gate + a.tokens * a.rows;
+        dt = D + a.rows;
         decay = dt + a.tokens;
     }
 };
@@ -111,8 +114,9 @@ __device__ void stage_BC(const SsdUpdate& a, const Staged& staged, const Io* B, 
 // dt' and exp(A dt') of each token: one thread a token.
 __device__ __forceinline__ void stage_steps(const SsdUpdate& a, const Staged& staged, int64 row,
                                             int head, int tokens) {
-    const int t = threadIdx.x;
+    const int t = (threadIdx.x + blockDim.x / 2) % blockDim.x;
     if (t >= tokens) return;
+    const float A = load_as(a.A, head, a.A_dtype);
     float dt =
         load_as(a.dt, row * a.dt_stride_batch + t * a.dt_stride_token + head * a.dt_stride_head,
                 a.dt_dtype);
@@ -120,19 +124,25 @@ __device__ __forceinline__ void stage_steps(const SsdUpdate& a, const Staged& st
     if (a.dt_softplus) dt = softplus(dt);
     dt = clamp(dt, a.dt_min, a.dt_max);
     staged.dt[t] = dt;
-    staged.decay[t] = expf(load_as(a.A, head, a.A_dtype) * dt);
+    staged.decay[t] = expf(A * dt);
 }
 
-// x and silu(z), or 1 without a gate, of the rows of this block; rows past p read as x = 0.
+// x, silu(z) and D of this block's rows: the `inside` first ones are rows of p, the rest read as 0.
 template <typename Io>
-__device__ __forceinline__ void stage_x(const SsdUpdate& a, const Staged& staged, const Io* x,
-                                        const Io* z, int inside, int tokens) {
+__device__ __forceinline__ void stage_rows(const SsdUpdate& a, const Staged& staged, int64 row,
+                                           int head, int first_row, int inside, int tokens) {
+    const int64 at_head = int64(head) * a.p + first_row;
+    const Io* x = static_cast<const Io*>(a.x) + row * a.x_stride_batch + at_head;
+    const Io* z = a.z ? static_cast<const Io*>(a.z) + row * a.z_stride_batch + at_head : nullptr;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < tokens * a.rows; i += blockDim.x) {
-        const int t = i / a.rows, row = i % a.rows;
-        const bool real = row < inside;
-        staged.x[i] = real ? to_float(x[t * a.x_stride_token + row]) : 0.0f;
-        staged.gate[i] = real && a.z ? silu(to_float(z[t * a.z_stride_token + row])) : 1.0f;
+    for (int i = blockDim.x - 1 - threadIdx.x; i < tokens * a.rows; i += blockDim.x) {
+        const int t = i / a.rows, r = i % a.rows;
+        const bool real = r < inside;
+        staged.x[i] = real ? to_float(x[t * a.x_stride_token + r]) : 0.0f;
+        staged.gate[i] = real && z ? silu(to_float(z[t * a.z_stride_token + r])) : 1.0f;
+        if (t > 0) continue;
+        const int64 at = head * a.D_stride_head + (first_row + r) * a.D_stride_p;
+        staged.D[r] = real && a.D ? load_as(a.D, at, a.D_dtype) : 0.0f;
     }
 }
 
@@ -248,18 +258,8 @@ __global__ void __launch_bounds__(kThreads, kVectors ? 5 : 4) ssd_update(const S
     stage_BC<Io, tile.kWidth>(
         a, staged, static_cast<const Io*>(a.B) + batch_row * a.B_stride_batch + group * a.n,
         static_cast<const Io*>(a.C) + batch_row * a.C_stride_batch + group * a.n, tokens);
-    const int64 at_head = int64(head) * a.p + first_row;
-    stage_x(a, staged, static_cast<const Io*>(a.x) + batch_row * a.x_stride_batch + at_head,
-            static_cast<const Io*>(a.z) + batch_row * a.z_stride_batch + at_head, inside, tokens);
+    stage_rows<Io>(a, staged, batch_row, head, first_row, inside, tokens);
     stage_steps(a, staged, batch_row, head, tokens);
-    float D[kRows] = {};
-    if (a.D) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-            if (r < tile.rows)
-                D[r] = load_as(a.D, head * a.D_stride_head + (first_row + row + r) * a.D_stride_p,
-                               a.D_dtype);
-    }
     __syncthreads();
 
 #pragma unroll 1
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, kVectors ? 5 : 4) ssd_update(const S
         for (int r = 0; r < kRows; ++r) {
             float sum = sum_lanes(dot[r], a.lanes);
             if (lane != 0 || r >= tile.rows) continue;
-            if (a.D) sum += D[r] * x[r];
+            if (a.D) sum += staged.D[row + r] * x[r];
             y[t * y_stride + row + r] = from_float<Io>(sum * staged.gate[t * a.rows + row + r]);
         }
     }

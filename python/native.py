@@ -76,7 +76,8 @@ def plan_ssd_update(
     if blocks > MAX_BLOCKS:
         raise ValueError(f"ssd_update: b*h = {blocks} is over {MAX_BLOCKS}")
     instance = f"tigon::ssd_update<tigon::{io}, tigon::{state}, {'true' if vectors else 'false'}>"
-    floats = m * (2 * _ceil(n, 8) * 8 + 2 * rows + 2)  # struct Staged: B, C, x, gate, dt, decay
+    # struct Staged: B, C, x, gate, dt, decay of m tokens; D.
+    floats = m * (2 * _ceil(n, 8) * 8 + 2 * rows + 2) + rows
     return Launch("ssd_update.cu", instance, (blocks, _ceil(p, rows)), block, 4 * floats)
 
 

@@ -1,13 +1,17 @@
 """nvcc's verdict on csrc/ for every architecture: no spills, no stack, and 16-byte access to the state."""
 
+import ctypes
 import re
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import host_build
 import pytest
+
+from tigon import native
 
 ARCHS = ["80", "90a", "100a", "120a"]
 SOURCES = host_build.KERNELS
@@ -80,3 +84,42 @@ def test_ssd_update_moves_the_state_16_bytes_at_a_time(compiled):
         state = 4 if re.search(r"(half|bfloat16|S1_)Lb1E", name) else 8
         assert len(re.findall(r"LDG\.E\.128", body)) >= state + 2, name
         assert len(re.findall(r"STG\.E\.128", body)) == state, name
+
+
+def nvrtc() -> ctypes.CDLL | None:
+    """The library of the nvidia-cuda-nvrtc wheel (torch's CUDA builds bring it) or of a toolkit."""
+    wheels = [Path(folder) / "nvidia" for folder in sys.path]
+    homes = [native.cuda_headers().parent] if native.cuda_headers() else []
+    for folder in (*wheels, *homes):
+        for library in sorted(folder.rglob("libnvrtc.so*"), reverse=True):
+            return ctypes.CDLL(str(library))
+    return None
+
+
+@pytest.mark.parametrize("arch", [arch.rstrip("a") for arch in ARCHS])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        native.plan_ssd_update(1, 1, 1, 64, 128, "bf16", "f32", True),
+        native.plan_conv1d_update(1, 64, "f16", "bf16"),
+    ],
+    ids=lambda plan: plan.source,
+)
+def test_nvrtc_compiles_the_instance_that_is_named(plan, arch):
+    """As CuPy does at run time: same text, same name; no GPU is needed for that."""
+    library, headers = nvrtc(), native.cuda_headers()
+    if library is None or headers is None:
+        pytest.skip("no NVRTC or no CUDA headers: pip install 'cupy-cuda13x[ctk]'")
+    program, lowered = ctypes.c_void_p(), ctypes.c_char_p()
+    text = (native.sources() / plan.source).read_bytes()
+    library.nvrtcCreateProgram(ctypes.byref(program), text, plan.source.encode(), 0, None, None)
+    library.nvrtcAddNameExpression(program, plan.kernel.encode())
+    options = [f"-arch=sm_{arch}", "-std=c++17", f"-I{native.sources()}", f"-I{headers}"]
+    packed = (ctypes.c_char_p * len(options))(*map(str.encode, options))
+    status = library.nvrtcCompileProgram(program, len(options), packed)
+    log = ctypes.create_string_buffer(100_000)
+    library.nvrtcGetProgramLog(program, log)
+    assert status == 0, log.value.decode()
+    name = plan.kernel.encode()
+    assert library.nvrtcGetLoweredName(program, name, ctypes.byref(lowered)) == 0
+    assert lowered.value.startswith(b"_ZN5tigon")

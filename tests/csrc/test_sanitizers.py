@@ -21,7 +21,7 @@ SSD = [
     ALL | dict(m=2, held=BRAIN, shape=(40, 96), heads=(2, 2)),
     ALL | dict(m=2, io=HALF, held=HALF, shape=(7, 17), beside="io", D="h"),
     ALL | dict(m=1, io=FULL, held=FULL, shape=(5, 3), limit=(0.05, 0.4)),
-    ALL | dict(m=16, shape=(2, 256), heads=(1, 1), D=None, z=False, bias=False),
+    ALL | dict(m=16, shape=(2, 256), heads=(2, 1), D=None, z=False, bias=False),
 ]
 CONV = [
     dict(slots="padded", ragged=True, layout="sliced", m=3),
