@@ -91,6 +91,20 @@ def plan_conv1d_update(b: int, d: int, io: str, state: str) -> Launch:
     return Launch("conv1d_update.cu", instance, (b, _ceil(d, block)), block, 0)
 
 
+def plan(op: str, arch: int, **sizes: int) -> dict[str, Launch]:
+    """What `op` launches for these sizes, as kernels/launch.py says it for Triton's kernels; for `explain`.
+
+    The launches are the same for every arch. Two bytes an element are shown as bf16, whose launch fp16 shares.
+    """
+    io = "f32" if sizes["itemsize"] == 4 else "bf16"
+    held = "f32" if sizes.get("state_itemsize", sizes["itemsize"]) == 4 else "bf16"
+    if op == "causal_conv1d_update":
+        return {"conv1d_update": plan_conv1d_update(sizes["b"], sizes["d"], io, held)}
+    b, m, h, p, n = (sizes[name] for name in "bmhpn")
+    vectors = n % (4 if held == "f32" else 8) == 0
+    return {"ssd_update": plan_ssd_update(b, m, h, p, n, io, held, vectors)}
+
+
 def ssd_update(
     state: Tensor,
     x: Tensor,

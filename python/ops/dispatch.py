@@ -266,8 +266,7 @@ def explain(op: str, *args: Any, arch: int | None = None, **kwargs: Any) -> Expl
     choice = select(op, main.device, main.dtype, arch)
     launch = {}
     if choice.backend != "reference":
-        from tigon.kernels.launch import plan
-
+        plan = _load("tigon.native:plan" if OPS[op].kind == "cuda" else "tigon.kernels.launch:plan")
         if arch is None:
             arch = device_arch(main.device) if main.is_cuda else 80
         launch = plan(op, table_arch(arch // 10), **sizes)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from decode_cases import ssd_plain
 
+import tigon
 from tigon import native
 
 FORMAT = {"void*": "Q", "int*": "Q", "int64": "q", "int": "i", "float": "f"}
@@ -57,6 +58,19 @@ def test_plan_refuses_more_blocks_than_a_grid_has():
         native.plan_ssd_update(2**24, 1, 128, 64, 128, "bf16", "f32", True)
     with pytest.raises(ValueError, match="conv1d_update"):
         native.plan_conv1d_update(2**31, 1, "bf16", "f32")
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_explain_shows_the_launch_of_both_ops(arch):
+    """Without a GPU and without running anything."""
+    x, dt, A = torch.empty(4, 2, 8, 64), torch.empty(4, 2, 8), torch.empty(8)
+    B = torch.empty(4, 2, 2, 128)
+    told = tigon.explain("ssd_update", torch.empty(5, 8, 64, 128), x, dt, A, B, B, arch=arch)
+    wanted = native.plan_ssd_update(4, 2, 8, 64, 128, "f32", "f32", True)
+    assert told.launch == {"ssd_update": wanted}
+    x, window = torch.empty(4, 2, 96), torch.empty(5, 96, 3)
+    told = tigon.explain("causal_conv1d_update", x, window, torch.empty(96, 4), arch=arch)
+    assert told.launch == {"conv1d_update": native.plan_conv1d_update(4, 96, "f32", "f32")}
 
 
 def test_host_library_refuses_unknown_kernels_and_sizes(host_library):
