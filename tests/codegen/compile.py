@@ -106,9 +106,7 @@ def _launch(kernel, args, kwargs, arch) -> Launch:
         elif kind.startswith("*") or (kind[0] == "i" and value % 16 == 0):
             divisible.append(i)
     name = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
-    return Launch(
-        name, *map(tuple, (types, constants, divisible, sorted(options.items()))), arch
-    )
+    return Launch(name, *map(tuple, (types, constants, divisible, sorted(options.items()))), arch)
 
 
 def _type(value) -> str:
