@@ -44,7 +44,8 @@ def test_every_module_imports_with_the_oldest_versions(oldest):
 
 def test_references_hold_with_the_oldest_versions(oldest):
     pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    done = run(*pytest, "tests/ops", "-m", "not slow", "-n", "2", cwd=ROOT, **oldest)
+    quick = ["tests/ops", "-m", "not slow", "-k", "not gradcheck and not drawn", "-n", "2"]
+    done = run(*pytest, *quick, cwd=ROOT, **oldest)
     assert " passed" in done.stdout
 
 
