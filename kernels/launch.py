@@ -150,6 +150,49 @@ def plan_ssd_scan(
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """Tiles of the SSD backward kernels.
+
+    A chunk has q tokens, states lie in memory every `subs` chunks. A sweep loops over at most `heads` heads of a group
+    in tiles of block_p; nq: it holds dB and dC transposed, (n, q). programs: wanted walks over states.
+    """
+
+    q: int
+    subs: int
+    heads: int
+    block_p: int
+    programs: int
+    nq: bool = False
+    warps: int = 8
+    stages: int = 1
+    walk_warps: int = 8
+    walk_stages: int = 2
+    precision: str = "tf32x3"
+
+
+def plan_ssd_scan_backward(
+    arch: int,
+    *,
+    b: int,
+    l: int,
+    h: int,
+    g: int,
+    p: int,
+    n: int,
+    itemsize: int,
+    sms: int | None = None,
+    **_: int,
+) -> dict[str, SweepConfig]:
+    """One config for the sweep and the walks, which share chunks."""
+    q = 32 if arch in (80, 120) else 64
+    return {
+        "sweep": SweepConfig(
+            q, 1, 16, 64, 2 * (sms or SMS[arch]), nq=arch == 90, stages=2 if arch == 100 else 1
+        )
+    }
+
+
+@dataclass(frozen=True)
 class ConvConfig:
     """A program of causal_conv1d walks `tokens` tokens of `block` channels."""
 
@@ -216,6 +259,7 @@ def plan_gated_rms_norm(
 
 PLANNERS: dict[str, Callable[..., dict[str, object]]] = {
     "ssd_scan": plan_ssd_scan,
+    "ssd_scan_backward": plan_ssd_scan_backward,
     "causal_conv1d": plan_causal_conv1d,
     "causal_conv1d_backward": partial(plan_causal_conv1d, backward=True),
     "gated_rms_norm": plan_gated_rms_norm,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tigon.kernels import launch
 from tigon.kernels.ssd_backward_states import advance, gated, join, retreat, walk
 from tigon.kernels.ssd_backward_steps import (
     DIRECT,
@@ -20,6 +21,7 @@ from tigon.kernels.ssd_backward_steps import (
     load_steps,
     load_tile,
     prepare,
+    within,
 )
 from tigon.kernels.ssd_common import (
     INTERPRETED,
@@ -30,6 +32,7 @@ from tigon.kernels.ssd_common import (
     narrow,
     segment_bounds,
 )
+from tigon.kernels.ssd_forward import pitch, rows_of
 from tigon.segments import segment_count, segment_table
 
 
@@ -41,7 +44,7 @@ def sweep(
     x_b, x_t, B_b, B_t, C_b, C_t, z_b, z_t, part_size,
     D_ROWS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HEADS_A_PART: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    Q: tl.constexpr, SUBS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    NQ: tl.constexpr, Q: tl.constexpr, SUBS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program: one (chunk, group, part of its heads); it loops over those heads and over tiles of p.
 
@@ -73,10 +76,14 @@ def sweep(
     C_row = C_ptr + batch * C_b + start * C_t + group * N
     B = load_tile(B_row, B_t, rows, inside, n, N)
     C = load_tile(C_row, C_t, rows, inside, n, N)
-    CB_block = CB_ptr + (chunk * GROUPS + group) * (Q * Q) + q[:, None] * Q + q[None, :]
+    CB_block = CB_ptr + (chunk * GROUPS + group) * (Q * Q)
     dCB = tl.zeros((Q, Q), tl.float32)
-    dB = tl.zeros((Q, BLOCK_N), tl.float32)
-    dC = tl.zeros((Q, BLOCK_N), tl.float32)
+    if NQ:
+        dB = tl.zeros((BLOCK_N, Q), tl.float32)
+        dC = tl.zeros((BLOCK_N, Q), tl.float32)
+    else:
+        dB = tl.zeros((Q, BLOCK_N), tl.float32)
+        dC = tl.zeros((Q, BLOCK_N), tl.float32)
 
     first_head = group * PER_GROUP + part * HEADS_A_PART
     last_head = tl.minimum(first_head + HEADS_A_PART, (group + 1) * PER_GROUP)
@@ -98,10 +105,9 @@ def sweep(
         through = 0.0
         for tile in range(0, TILES):
             p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-            state = (row * HEADS + head) * (P * N) + n[:, None] * P + p[None, :]
-            state_mask = (n < N)[:, None] & (p < P)[None, :]
-            R = tl.load(entry_ptr + state, mask=state_mask, other=0.0)
-            dR = tl.load(exit_ptr + state, mask=state_mask, other=0.0)
+            state = (row * HEADS + head) * (P * N)
+            R = load_tile(entry_ptr + state, P, n, n < N, p, P)
+            dR = load_tile(exit_ptr + state, P, n, n < N, p, P)
             if SUBS > 1:
                 S = R.to(tl.float32)
                 for k in range(0, sub):
@@ -126,19 +132,19 @@ def sweep(
             dy = gated(dout, z_row, z_t, rows, inside, p, P, UPCAST)
             x32 = x.to(tl.float32)
             dy32 = dy.to(tl.float32)
-            tile_mask = inside[:, None] & (p < P)[None, :]
-            out = out_row + rows[:, None] * (HEADS * P) + p[None, :]
+            tile_mask = within(inside, p, P)
+            out = rows[:, None] * (HEADS * P) + p[None, :]
 
-            CB = tl.load(CB_block)
+            CB = tl.load(CB_block + (q[:, None] * Q + q[None, :]))
             pair = decay(cs[None, :] - cs[:, None], limit)
             pair = tl.where(q[:, None] <= q[None, :], pair, 0.0)
+            mixing = narrow(CB * pair * dt[:, None], io, UPCAST)
             gram = dot(x, tl.trans(dy), None, PRECISION, UPCAST) * pair
             dCB += gram * dt[:, None]
             gram *= CB
             direct += tl.sum(gram, 1)
             later = tl.cumsum(gram * dt[:, None], 1, reverse=True)  # [s, t]: sum over l >= t
             between += tl.sum(tl.where(q[:, None] < q[None, :], later, 0.0), 0)
-            mixing = narrow(CB * pair * dt[:, None], io, UPCAST)
 
             # fma and not +: a sum with a product would be folded into its accumulator, and two products in a
             # chain get a layout that holds everything twice.
@@ -153,9 +159,12 @@ def sweep(
                     D = load_head(D_ptr, head)
                 dx += D * dy32
                 tl.store(dD_ptr + (chunk * HEADS + head) * P + p, tl.sum(x32 * dy32, 0), mask=p < P)
-            tl.store(dx_ptr + out, narrow(dx, io, UPCAST), mask=tile_mask)
+            tl.store(dx_ptr + out_row + out, narrow(dx, io, UPCAST), mask=tile_mask)
             ending = narrow(x32 * (dt * to_end)[:, None], io, UPCAST)
-            dB = dot(ending, tl.trans(dR), dB, PRECISION, UPCAST)
+            if NQ:
+                dB = dot(dR, tl.trans(ending), dB, PRECISION, UPCAST)
+            else:
+                dB = dot(ending, tl.trans(dR), dB, PRECISION, UPCAST)
 
             ahead = dot(C, R, None, PRECISION, UPCAST) * from_start[:, None]
             off += tl.sum(dy32 * ahead, 1)
@@ -167,9 +176,12 @@ def sweep(
                 z = load_tile(z_row, z_t, rows, inside, p, P).to(tl.float32)
                 gate = tl.sigmoid(z)
                 dz = dout.to(tl.float32) * y * gate * (1.0 + z * (1.0 - gate))
-                tl.store(dz_ptr + out, narrow(dz, io, UPCAST), mask=tile_mask)
+                tl.store(dz_ptr + out_row + out, narrow(dz, io, UPCAST), mask=tile_mask)
             started = narrow(dy32 * from_start[:, None], io, UPCAST)
-            dC = dot(started, tl.trans(R), dC, PRECISION, UPCAST)
+            if NQ:
+                dC = dot(R, tl.trans(started), dC, PRECISION, UPCAST)
+            else:
+                dC = dot(started, tl.trans(R), dC, PRECISION, UPCAST)
 
         slot = chunk * HEADS + head
         pieces = pieces_ptr + slot * (4 * Q) + q
@@ -180,30 +192,19 @@ def sweep(
         tl.store(through_ptr + slot, through)
 
     low = narrow(dCB, io, UPCAST)
-    dB = dot(low, C, dB, PRECISION, UPCAST)
-    dC = dot(tl.trans(low), B, dC, PRECISION, UPCAST)
+    if NQ:
+        dB = dot(tl.trans(C), tl.trans(low), dB, PRECISION, UPCAST)
+        dC = dot(tl.trans(B), low, dC, PRECISION, UPCAST)
+        tile = rows[None, :] * (GROUPS * N) + n[:, None]
+        mask = inside[None, :] & (n < N)[:, None]
+    else:
+        dB = dot(low, C, dB, PRECISION, UPCAST)
+        dC = dot(tl.trans(low), B, dC, PRECISION, UPCAST)
+        tile = rows[:, None] * (GROUPS * N) + n[None, :]
+        mask = within(inside, n, N)
     place = part.to(tl.int64) * part_size + (batch * length + start) * (GROUPS * N) + group * N
-    place = place + rows[:, None] * (GROUPS * N) + n[None, :]
-    mask = inside[:, None] & (n < N)[None, :]
-    tl.store(dB_ptr + place, narrow(dB, dB_ptr.dtype.element_ty, UPCAST), mask=mask)
-    tl.store(dC_ptr + place, narrow(dC, dC_ptr.dtype.element_ty, UPCAST), mask=mask)
-
-
-@dataclass(frozen=True)
-class Config:
-    q: int
-    subs: int
-    heads: int
-    block_p: int
-    warps: int
-    stages: int
-    walk_warps: int
-    walk_stages: int
-    programs: int
-    precision: str = "tf32x3"
-
-
-CONFIG = Config(64, 2, 16, 64, 8, 2, 4, 3, 512)
+    tl.store(dB_ptr + place + tile, narrow(dB, dB_ptr.dtype.element_ty, UPCAST), mask=mask)
+    tl.store(dC_ptr + place + tile, narrow(dC, dC_ptr.dtype.element_ty, UPCAST), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ def window_states(
         carry = torch.empty((walks, h, n, p), dtype=torch.float32, device=u.device)
         decays = torch.empty((walks, h), dtype=torch.float32, device=u.device)
 
-    def launch(store: bool) -> None:
+    def run(store: bool) -> None:
         walk[(walks * h * tiles,)](
             u, z, v, A, steps, edge, inject, windows.order, windows.offset, carry, decays, out, left,
             *windows.rows, u.shape[1], windows.per_sequence, windows.count, windows_a_walk, walks,
@@ -270,17 +271,13 @@ def window_states(
         )  # fmt: skip
 
     if not alone:
-        launch(store=False)
+        run(store=False)
         block = 1024
         join[(h * -(-p * n // block),)](
             carry, decays, walks, REVERSE=reverse, HEADS=h, STATE=p * n, BLOCK=block
         )
-    launch(store=True)
+    run(store=True)
     return out
-
-
-def pitch(t: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if t is None else t.stride()[:2]
 
 
 def ssd_backward(
@@ -302,16 +299,29 @@ def ssd_backward(
     dt_min: float,
     dt_max: float,
     chunk_size: int = 0,
-    config: Config | None = None,
+    config: launch.SweepConfig | None = None,
 ) -> tuple[Tensor | None, ...]:
     """(dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial), each in its input's dtype; None for what was None.
 
     dfinal (b or s,h,p,n) and dstates (i,h,p,n) fp32 are the gradients of the states that left the scan.
     chunk_size is not used: the launch table, or `config` in its place, chooses.
     """
-    l, h, p = x.shape[1:]
+    x, B, C, z = (None if t is None else rows_of(t) for t in (x, B, C, z))
+    b, l, h, p = x.shape
     g, n = B.shape[2:]
-    config = config or CONFIG
+    if config is None:
+        arch, sms = launch.target(x.device)
+        sizes = {
+            "b": b,
+            "l": l,
+            "h": h,
+            "g": g,
+            "p": p,
+            "n": n,
+            "itemsize": x.element_size(),
+            "sms": sms,
+        }
+        config = launch.plan("ssd_scan_backward", arch, **sizes)["sweep"]
     dy = dy.contiguous()
     dfinal, dstates = (None if t is None else t.contiguous() for t in (dfinal, dstates))
     windows = cut(
@@ -338,13 +348,13 @@ def ssd_backward(
         pieces, through = new(chunks, h, 4, config.q), new(chunks, h)
         chunking = {"HEADS": h, "Q": config.q, "SUBS": config.subs, "UPCAST": INTERPRETED}
         tiles = chunking | {
-            "GROUPS": g, "P": p, "N": n, "BLOCK_N": power_of_two(n), "PRECISION": config.precision,
-            "BLOCK_P": min(config.block_p, power_of_two(p)),
+            "GROUPS": g, "P": p, "N": n, "BLOCK_N": launch.power_of_two(n), "PRECISION": config.precision,
+            "BLOCK_P": min(config.block_p, launch.power_of_two(p)),
         }  # fmt: skip
         table = (*windows.rows, l, windows.per_sequence)
         prepare[(chunks * g,)](
             dt, A, dt_bias, B, C, steps, CB, *table, *dt.stride(), *pitch(B), *pitch(C), dt_min, dt_max,
-            SOFTPLUS=dt_softplus, GROUPS=g, BLOCK_H=min(16, power_of_two(h // g)), N=n,
+            SOFTPLUS=dt_softplus, GROUPS=g, BLOCK_H=min(16, launch.power_of_two(h // g)), N=n,
             BLOCK_N=tiles["BLOCK_N"], PRECISION=config.precision, **chunking,
         )  # fmt: skip
         entry = window_states(
@@ -356,7 +366,7 @@ def ssd_backward(
         sweep[(chunks * g * parts,)](
             dy, x, A, B, C, D, z, steps, CB, entry, exit, dx, dB, dC, dD, dz, pieces, through, *table,
             *pitch(x), *pitch(B), *pitch(C), *pitch(z), B.numel(),
-            D_ROWS=D is not None and D.dim() == 2, HEADS_A_PART=config.heads,
+            D_ROWS=D is not None and D.dim() == 2, HEADS_A_PART=config.heads, NQ=config.nq,
             num_warps=config.warps, num_stages=config.stages, **tiles,
         )  # fmt: skip
         finish[(chunks * -(-h // 16),)](
@@ -379,7 +389,3 @@ def ssd_backward(
         None if dt_bias is None else dbias.sum(0).to(dt_bias.dtype),
         None if dinitial is None else dinitial.to(initial_states.dtype),
     )
-
-
-def power_of_two(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())

@@ -27,10 +27,19 @@ V: tl.constexpr = tl.constexpr(3)
 
 
 @triton.jit
+def within(row_mask, columns, WIDTH: tl.constexpr):
+    """Mask of a (rows, columns) tile; columns that cannot pass WIDTH cost nothing."""
+    mask = row_mask[:, None]
+    if (columns.shape[0] - 1) & WIDTH:
+        mask = mask & (columns < WIDTH)[None, :]
+    return mask
+
+
+@triton.jit
 def load_tile(ptr, stride, rows, row_mask, columns, WIDTH: tl.constexpr):
     """(rows, columns) tile, 0 outside; ptr: row 0 of the head or group; columns are contiguous."""
-    mask = row_mask[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    place = ptr + rows[:, None] * stride + columns[None, :]
+    return tl.load(place, mask=within(row_mask, columns, WIDTH), other=0.0)
 
 
 @triton.jit
