@@ -2,10 +2,10 @@
 
     python tests/codegen/compile.py [--all] [--only TEXT] [--arch 90] [--json]
 
-Every case of `cases.py` calls a launcher with tensors on the meta device while Triton's launch is replaced by a note of
-what it was asked for. So what is compiled is what the launcher launches: its tables, its specializations. Each
-distinct (kernel, arguments, config, architecture) is compiled once, on all cores, and kept in build/triton by the
-hash of its source. Needs no GPU, and a process in which TRITON_INTERPRET is not set.
+Every case of tests/support/codegen_cases.py calls a launcher with tensors on the meta device while Triton's launch is
+replaced by a note of what it was asked for. So what is compiled is what the launcher launches: its tables, its
+specializations. Each distinct (kernel, arguments, config, architecture) is compiled once, on all cores, and kept in
+build/triton by the hash of its source. Needs no GPU, and a process in which TRITON_INTERPRET is not set.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import cases  # noqa: E402
+import codegen_cases as cases  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
