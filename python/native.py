@@ -132,7 +132,7 @@ def ssd_update(
 
     b, m, h, p = x.shape
     slots, _, _, n = state.shape
-    y = torch.empty((b, m, h, p), dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not y.numel():
         return y
     codes = _codes()
@@ -208,7 +208,7 @@ def conv1d_update(
 
     b, m, d = x.shape
     slots, _, window = conv_state.shape
-    y = torch.empty((b, m, d), dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not y.numel():
         return y
     codes = _codes()
