@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tigon.reference import elementwise
 from tigon.reference.ssd import write_slots
 
 
@@ -123,7 +124,7 @@ def conv1d_forward(
     taps = _Taps(x, weight.shape[1], initial_state, cu_seqlens)
     y = _preactivation(taps, weight.to(taps.acc), None if bias is None else bias.to(taps.acc))
     if silu:
-        y = F.silu(y, inplace=True)
+        y = elementwise.silu(y)
     place, token = taps.tail_index()
     older = taps.initial.gather(1, _columns(place + taps.width - 1, taps))
     if taps.length:
@@ -234,7 +235,7 @@ def conv1d_update(
     y = sum(seen[:, :, k : k + m] * w[:, k : k + 1] for k in range(width))
     if bias is not None:
         y = y + bias.to(acc)[:, None]
-    y = F.silu(y) if silu else y
+    y = elementwise.silu(y) if silu else y
     if everything:
         conv_state[:batch] = inputs[:, :, m:]
     else:

@@ -10,8 +10,9 @@ fp64 inputs), input dtype out. Sources: Zhang and Sennrich 2019 (RMSNorm); Dao a
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from tigon.reference.elementwise import silu
 
 
 def _prepare(x, z, weight, group_size):
@@ -33,7 +34,7 @@ def norm_forward(
     """y like x."""
     dtype = x.dtype
     x, z, weight = _prepare(x, z, weight, group_size)
-    gate = None if z is None else F.silu(z)
+    gate = None if z is None else silu(z)
     u = x if z is None or norm_before_gate else x * gate
     y = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + eps) * weight
     if z is not None and norm_before_gate:
