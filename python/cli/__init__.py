@@ -16,6 +16,11 @@ OK, USAGE, WRONG_RESULT, SLOWER, ENVIRONMENT = range(5)  # exit codes of every s
 
 COMMANDS = {
     "doctor": ("what works on this machine, what does not, and the fix", "tigon.cli.doctor"),
+    "list": ("the ops and the model presets", "tigon.cli.list"),
+    "explain": ("which backend and launch config a call would take, and why", "tigon.cli.explain"),
+    "demo": ("train a tiny model on real text, compare, save, generate, check", "tigon.cli.demo"),
+    "check": ("whether an op's results and gradients are right here", "tigon.cli.check"),
+    "bench": ("how fast an op is here, beside other packages", "tigon.cli.bench"),
 }
 
 

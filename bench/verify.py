@@ -1,0 +1,114 @@
+"""Is a result right? Every output and gradient against the fp64 reference.
+
+By the numerics contract the relative RMS error may be twice that of an honest baseline plus one rounding of the
+output. The baseline is the reference in the same dtype; for the scan it also rounds where a kernel feeds tensor cores.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import tigon
+from tigon.bench.workloads import Workload
+
+Run = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One output or gradient. error and baseline are relative RMS errors against fp64; repeats: same bits again."""
+
+    name: str
+    error: float
+    baseline: float
+    limit: float
+    repeats: bool = True
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.limit and self.repeats
+
+
+def _rms(t: Tensor) -> float:
+    return t.double().square().mean().sqrt().item() if t.numel() else 0.0
+
+
+def relative_rms(got: Tensor, oracle: Tensor) -> float:
+    """RMS of the difference over RMS of the oracle (absolute where that is zero); infinite if not finite."""
+    error = _rms(got.double() - oracle.double()) / (_rms(oracle) or 1.0)
+    return error if error == error else float("inf")
+
+
+def results(
+    work: Workload, backward: bool, run: Run | None = None, grads: tuple[Tensor, ...] | None = None
+) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """(outputs and, with `backward`, gradients by name; the output gradients used, drawn if None)."""
+    leaves = {k: t.detach().clone() for k, t in work.inputs.items()}
+    backward = backward and work.differentiable
+    if backward:
+        for t in leaves.values():
+            t.requires_grad_(t.is_floating_point())
+    with torch.set_grad_enabled(backward):
+        out = (run or work.run)(leaves)
+    found = {name: t.detach() for name, t in zip(work.outputs, out)}
+    if not backward:
+        return found, ()
+    if grads is None:
+        generator = torch.Generator(out[0].device).manual_seed(1)
+        grads = tuple(torch.randn(t.shape, device=t.device, generator=generator) for t in out)
+    grads = tuple(g.to(t.dtype) for g, t in zip(grads, out))
+    wanted = {k: t for k, t in leaves.items() if t.requires_grad}
+    slopes = torch.autograd.grad(out, list(wanted.values()), grads[: len(out)])
+    return found | {f"d{k}": g for k, g in zip(wanted, slopes)}, grads
+
+
+def oracle(work: Workload, backward: bool) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """(results in fp64, output gradients, which are exact in the work's dtype)."""
+    _, grads = results(work, backward)
+    return results(work.widened(), backward, grads=tuple(g.double() for g in grads))[0], grads
+
+
+def baseline(work: Workload, backward: bool, grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The reference's results in the work's dtype."""
+    if work.op == "ssd_scan" and work.dtype != torch.float32:
+        return _rounded_scan(work, backward, grads)
+    with tigon.backend("reference"):
+        return results(work, backward, grads=grads)[0]
+
+
+def _rounded_scan(work: Workload, backward: bool, grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """ssd_scan by the reference that rounds its operands."""
+    from tigon.reference.ssd import CHUNK, ssd_backward, ssd_forward
+
+    order = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+    given = [work.inputs.get(name) for name in order]
+    rest = (None, None, work.options.get("dt_softplus", False), 0.0, float("inf"), CHUNK)
+    found = dict(zip(work.outputs, ssd_forward(*given, *rest, round_operands=True)))
+    if backward:
+        slopes = ssd_backward(grads[0], grads[1], None, *given, *rest, round_operands=True)
+        found |= {f"d{k}": g for k, g in zip(order, slopes) if k in work.inputs}
+    return found
+
+
+def verify(work: Workload, backward: bool = True, repeat: bool = True) -> list[Row]:
+    """The selected backend's results, one row an output or gradient."""
+    exact, grads = oracle(work, backward)
+    base = baseline(work, backward, grads)
+    got, _ = results(work, backward, grads=grads or None)
+    again = results(work, backward, grads=grads or None)[0] if repeat else got
+    rows = []
+    for name, right in exact.items():
+        honest = relative_rms(base[name], right)
+        limit = 2 * honest + torch.finfo(got[name].dtype).eps
+        rows.append(
+            Row(
+                name,
+                relative_rms(got[name], right),
+                honest,
+                limit,
+                torch.equal(got[name], again[name]),
+            )
+        )
+    return rows

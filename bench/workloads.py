@@ -1,0 +1,176 @@
+"""What is checked and timed: the inputs of one call of an op, from its sizes.
+
+    work = make("ssd_scan", {"b": 1, "l": 4096, …}, torch.bfloat16, device="cuda", seed=0)
+    outputs = work.run()
+
+Inputs look as they do in a trained layer: decays of a few to a few hundred tokens, activations of unit variance,
+parameters in fp32. Every option of the op that a model uses is on. On the meta device nothing is allocated.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import tigon
+from tigon.registry import OPS
+
+SMALL = {
+    "ssd_scan": {"b": 2, "l": 200, "h": 8, "p": 64, "g": 2, "n": 128},
+    "ssd_update": {"b": 4, "m": 2, "h": 8, "p": 64, "g": 2, "n": 128},
+    "causal_conv1d": {"b": 2, "l": 200, "d": 160, "width": 4},
+    "causal_conv1d_update": {"b": 4, "m": 3, "d": 160, "width": 4},
+    "gated_rms_norm": {"t": 100, "d": 1024, "group_size": 256},
+    "rms_norm": {"t": 100, "d": 1024},
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """inputs: tensors by argument name; options: the other arguments; outputs: names of what comes back.
+
+    mutated: the input that the op changes in place; it counts as an output.
+    """
+
+    op: str
+    sizes: Mapping[str, int]
+    dtype: torch.dtype
+    inputs: Mapping[str, Tensor]
+    options: Mapping[str, object]
+    outputs: tuple[str, ...]
+    mutated: str | None = None
+
+    @property
+    def differentiable(self) -> bool:
+        return OPS[self.op].backward is not None
+
+    def run(self, inputs: Mapping[str, Tensor] | None = None) -> tuple[Tensor, ...]:
+        """The op's outputs. Mutated inputs are changed for real: `verify` passes copies."""
+        inputs = inputs or self.inputs
+        out = getattr(tigon, self.op)(**inputs, **self.options)
+        out = out if isinstance(out, tuple) else (out,)
+        return out if self.mutated is None else (*out, inputs[self.mutated])
+
+    def widened(self) -> "Workload":
+        """The same in fp64."""
+        wide = {k: t.double() if t.is_floating_point() else t for k, t in self.inputs.items()}
+        return replace(self, inputs=wide, dtype=torch.float64)
+
+
+class Draw:
+    """Random tensors of one device and dtype from a seed."""
+
+    def __init__(self, dtype: torch.dtype, device: str | torch.device, seed: int):
+        self.dtype, self.device = dtype, torch.device(device)
+        meta = self.device.type == "meta"
+        self.generator = None if meta else torch.Generator(self.device).manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        t = torch.randn(shape, device=self.device, generator=self.generator)
+        return t.mul_(scale).to(dtype or self.dtype)
+
+    def parameter(self, *shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
+        t = torch.rand(shape, device=self.device, generator=self.generator)
+        return t.mul_(high - low).add_(low)
+
+
+def _step(draw: Draw, h: int, p: int) -> dict:
+    """Parameters of the state-space layer: time scales 1/(A dt) of a few to a few hundred tokens."""
+    return {
+        "A": -draw.parameter(h, low=1.0, high=16.0),
+        "D": draw.parameter(h),
+        "dt_bias": draw.parameter(h, low=-7.0, high=-2.0),
+    }
+
+
+def ssd_scan(draw: Draw, b: int, l: int, h: int, p: int, g: int, n: int) -> dict:
+    return {
+        "inputs": {
+            "x": draw.normal(b, l, h, p),
+            "dt": draw.normal(b, l, h),
+            "B": draw.normal(b, l, g, n, scale=1 / math.sqrt(n)),
+            "C": draw.normal(b, l, g, n),
+            **_step(draw, h, p),
+        },
+        "options": {"dt_softplus": True, "return_final_states": True},
+        "outputs": ("y", "final_states"),
+    }
+
+
+def ssd_update(draw: Draw, b: int, m: int, h: int, p: int, g: int, n: int) -> dict:
+    return {
+        "inputs": {
+            "state": draw.normal(b, h, p, n, dtype=torch.float32),
+            "x": draw.normal(b, m, h, p),
+            "dt": draw.normal(b, m, h),
+            "B": draw.normal(b, m, g, n, scale=1 / math.sqrt(n)),
+            "C": draw.normal(b, m, g, n),
+            **_step(draw, h, p),
+        },
+        "options": {"dt_softplus": True},
+        "outputs": ("y", "state"),
+        "mutated": "state",
+    }
+
+
+def causal_conv1d(draw: Draw, b: int, l: int, d: int, width: int) -> dict:
+    return {
+        "inputs": {
+            "x": draw.normal(b, l, d),
+            "weight": draw.parameter(d, width),
+            "bias": draw.parameter(d),
+        },
+        "options": {"return_final_state": True},
+        "outputs": ("y", "final_state"),
+    }
+
+
+def causal_conv1d_update(draw: Draw, b: int, m: int, d: int, width: int) -> dict:
+    return {
+        "inputs": {
+            "x": draw.normal(b, m, d),
+            "conv_state": draw.normal(b, d, width - 1),
+            "weight": draw.parameter(d, width),
+            "bias": draw.parameter(d),
+        },
+        "options": {},
+        "outputs": ("y", "conv_state"),
+        "mutated": "conv_state",
+    }
+
+
+def gated_rms_norm(draw: Draw, t: int, d: int, group_size: int) -> dict:
+    given = {"x": draw.normal(t, d), "z": draw.normal(t, d), "weight": draw.parameter(d, low=0.5)}
+    return {"inputs": given, "options": {"group_size": group_size}, "outputs": ("y",)}
+
+
+def rms_norm(draw: Draw, t: int, d: int) -> dict:
+    given = {"x": draw.normal(t, d), "weight": draw.parameter(d, low=0.5)}
+    return {"inputs": given, "options": {}, "outputs": ("y",)}
+
+
+BUILDERS: dict[str, Callable[..., dict]] = {
+    build.__name__: build
+    for build in (
+        ssd_scan,
+        ssd_update,
+        causal_conv1d,
+        causal_conv1d_update,
+        gated_rms_norm,
+        rms_norm,
+    )
+}
+
+
+def make(
+    op: str,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Workload:
+    """Inputs of `op` for `sizes` (every letter of the registry's sizes)."""
+    built = BUILDERS[op](Draw(dtype, device, seed), **sizes)
+    return Workload(op=op, sizes=dict(sizes), dtype=dtype, **built)

@@ -1,0 +1,71 @@
+"""``tigon check``: is every output and gradient of an op right on this machine?
+
+Runs the backend that a call would take (TIGON_BACKEND and --backend change it) beside the fp64 reference.
+"""
+
+from tigon import cli
+from tigon.cli import arguments, table
+
+
+def add_arguments(parser) -> None:
+    arguments.add_case(parser, every=True)
+    arguments.add_backend(parser)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+
+
+def run(args) -> int:
+    import torch
+
+    import tigon
+    from tigon.bench import verify, workloads
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, args.dtype)
+    wrong = []
+    ops = arguments.ops(args.op)
+    for op in ops:
+        try:
+            sizes = arguments.sizes_of(op, args.shape, workloads.SMALL[op], len(ops) > 1)
+        except ValueError as error:
+            print(error)
+            return cli.USAGE
+        work = workloads.make(op, sizes, dtype, device, args.seed)
+        with arguments.backend(args):
+            try:
+                chosen = tigon.explain(op, **work.inputs, **work.options)
+                rows = verify.verify(work)
+            except (ValueError, TypeError) as error:
+                print(error)
+                return cli.USAGE
+            except RuntimeError as error:
+                print(error)
+                return cli.ENVIRONMENT
+        show(chosen, work, rows)
+        wrong += [f"{op} {row.name}" for row in rows if not row.ok]
+    if wrong:
+        print(f"WRONG: {', '.join(wrong)}")
+    return cli.WRONG_RESULT if wrong else cli.OK
+
+
+def show(chosen, work, rows) -> None:
+    """One table an op: relative RMS errors against fp64."""
+    shape = ",".join(f"{k}={v}" for k, v in work.sizes.items())
+    dtype = str(work.dtype).removeprefix("torch.")
+    title = f"{chosen.op} {shape} {dtype}: {chosen.backend}, because {chosen.reason}"
+    columns = ("tensor", "error", "baseline", "limit", "same bits", "verdict")
+    table.show(
+        columns,
+        [
+            (
+                row.name,
+                f"{row.error:.2e}",
+                f"{row.baseline:.2e}",
+                f"{row.limit:.2e}",
+                "yes" if row.repeats else "NO",
+                "ok" if row.ok else "WRONG",
+            )
+            for row in rows
+        ],
+        title,
+    )
+    print()

@@ -1,0 +1,64 @@
+"""``tigon explain``: which backend and launch config a call would take, and why; runs nothing.
+
+Needs no GPU: the tensors are on the meta device, --arch says which GPU to pretend.
+"""
+
+import json
+from dataclasses import asdict, is_dataclass
+
+from tigon import cli
+from tigon.cli import arguments
+from tigon.registry import OPS
+
+ARCHS = (80, 90, 100, 120)
+
+
+def add_arguments(parser) -> None:
+    arguments.add_case(parser)
+    parser.add_argument(
+        "--arch", type=int, help="compute capability to explain for, such as 90 (default: yours)"
+    )
+    arguments.add_backend(parser)
+    parser.add_argument("--json", action="store_true", help="print the explanation as JSON")
+
+
+def run(args) -> int:
+    import torch
+
+    import tigon
+    from tigon.bench import workloads
+
+    try:
+        sizes = arguments.sizes_of(args.op, args.shape, OPS[args.op].sizes)
+        work = workloads.make(args.op, sizes, getattr(torch, args.dtype), "meta")
+        arch = args.arch or own_arch()
+        with arguments.backend(args):
+            found = tigon.explain(args.op, **work.inputs, **work.options, arch=arch)
+    except (ValueError, TypeError) as error:
+        print(error)
+        return cli.USAGE
+    except RuntimeError as error:
+        print(error)
+        return cli.ENVIRONMENT
+    if args.json:
+        print(json.dumps(described(found, sizes, args.dtype), indent=2))
+    else:
+        print(", ".join(f"{k}={v}" for k, v in sizes.items()), args.dtype)
+        print(found)
+    return cli.OK
+
+
+def own_arch() -> int | None:
+    """This machine's GPU, None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor
+
+
+def described(found, sizes: dict[str, int], dtype: str) -> dict:
+    """The explanation as plain data."""
+    launch = {k: asdict(v) if is_dataclass(v) else v for k, v in found.launch.items()}
+    return {"sizes": sizes, "dtype": dtype} | {**vars(found), "launch": launch}

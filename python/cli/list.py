@@ -1,0 +1,55 @@
+"""``tigon list``: the ops, from the registry and without torch, and the model presets."""
+
+import json
+
+from tigon import cli
+from tigon.cli import table
+from tigon.registry import PUBLIC
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("what", nargs="?", choices=("ops", "presets"), default="ops")
+    parser.add_argument("--json", action="store_true", help="print the list as JSON")
+
+
+def run(args) -> int:
+    rows = ops() if args.what == "ops" else presets()
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    elif rows:
+        table.show(tuple(rows[0]), [tuple(row.values()) for row in rows])
+    return cli.OK
+
+
+def ops() -> list[dict]:
+    """One row an op: family, kernel language, what it computes."""
+    return [
+        {
+            "op": op.name,
+            "family": op.family,
+            "kernel": op.kind,
+            "backward": "yes" if op.backward else "no",
+            "dtypes": " ".join(op.dtypes),
+            "sizes": ",".join(f"{k}={v}" for k, v in op.sizes.items()),
+            "summary": op.summary,
+        }
+        for op in PUBLIC.values()
+    ]
+
+
+def presets() -> list[dict]:
+    """One row a model preset: width, layers of each kind (pattern letters), Mamba heads and state."""
+    from tigon.models.presets import PRESETS
+
+    return [
+        {
+            "preset": name,
+            "hidden_size": model.hidden_size,
+            "layers": " ".join(
+                f"{model.pattern.count(c)}{c}" for c in "M*-E" if c in model.pattern
+            ),
+            "mamba_heads": f"{model.mamba_num_heads} x {model.mamba_head_dim}",
+            "state": model.ssm_state_size,
+        }
+        for name, model in PRESETS.items()
+    ]
