@@ -18,3 +18,13 @@ add_module_names = False
 html_theme = "alabaster"
 html_theme_options = {"description": "Kernels for hybrid Mamba-2 / LatentMoE models"}
 html_show_copyright = False
+
+
+def keep_layout(app, what, name, obj, options, lines):
+    """Show a docstring below its first line as it was typed: formulas and shapes are aligned by hand."""
+    if any(lines[1:]):
+        lines[1:] = ["", "::", "", *(f"    {line}" for line in lines[1:])]
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", keep_layout)
