@@ -75,7 +75,7 @@ def measure(
     times = {}
     for name, call in calls.items():
         call()  # compiles, allocates, warms the caches
-        once = sample(call, 1, clock)
+        once = sample(call, 1, "wall")
         times[name] = max(1, math.ceil(SAMPLE_SECONDS[device] / max(once, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
