@@ -130,7 +130,7 @@ def _scan(self, xBC, dt, cache, state, step, packing) -> Tensor:
     options = {"D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True}
     options["dt_limit"] = tuple(self.time_step_limit)
     if state is not None and step:
-        held = state.contiguous()  # transformers' own prefill leaves a permuted state
+        held = state.contiguous()  # itself, unless someone permuted it: the op updates dense states
         y = ops.ssd_update(held, x, dt, A, B, C, **options)
         if held is not state:
             state.copy_(held)
@@ -196,6 +196,7 @@ def patch(model: nn.Module) -> PatchReport:
             f"tigon.patch: {type(model).__name__} has no Mamba-2 mixer that Tigon knows; supported are NemotronH "
             "and Mamba2 models of transformers itself (not remote code)"
         )
+    _check_version()
     for name, module, kind in found:
         _check(name, module, kind)
     already = 0
@@ -236,6 +237,16 @@ def _slot(module: nn.Module) -> str:
 
 def _is_ours(forward: Any) -> bool:
     return isinstance(forward, partial) and forward.func in _OURS
+
+
+def _check_version() -> None:
+    import transformers
+
+    if not hasattr(transformers.Cache, "is_recording_past"):
+        raise ValueError(
+            f"tigon.patch: transformers {transformers.__version__} has another cache than the one of 5.23 that "
+            "the patched mixers use: pip install -U transformers"
+        )
 
 
 def _check(name: str, module: nn.Module, kind: tuple[str, str]) -> None:

@@ -174,6 +174,20 @@ def test_a_cache_filled_by_either_model_continues_in_the_other(kind):
 
 
 @torch.no_grad()
+def test_states_of_any_stride_are_updated_in_place(kind):
+    _, patched = twins(kind)
+    ids = tokens(l=6)
+    want = run(kind, patched, ids)[0][:, 4:]
+    _, cache = run(kind, patched, ids[:, :4])
+    for layer in cache.layers:
+        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+            for i, t in states.items():
+                states[i] = t.transpose(1, 2).contiguous().transpose(1, 2)
+    steps = [run(kind, patched, ids[:, i : i + 1], cache)[0] for i in (4, 5)]
+    torch.testing.assert_close(torch.cat(steps, 1), want, rtol=0, atol=ATOL)
+
+
+@torch.no_grad()
 def test_recording_the_past_keeps_and_crops_the_same_convolution_inputs(kind):
     model, patched = twins(kind)
     ids = tokens(l=14)
@@ -185,7 +199,7 @@ def test_recording_the_past_keeps_and_crops_the_same_convolution_inputs(kind):
         for piece in (ids[:, 8:11], ids[:, 11:12]):
             seen.append(run(kind, m, piece, cache)[0])
         mixers = [layer for layer in cache.layers if hasattr(layer, "conv_states")]
-        assert all(layer.conv_states[0].shape[-1] > 4 for layer in mixers), "nothing was recorded"
+        assert [layer.conv_states[0].shape[-1] for layer in mixers] == [4 + 3 + 1] * len(mixers)
         for layer in mixers:
             layer.crop(-2)
             layer.record_past = False
@@ -282,6 +296,19 @@ def test_packed_rows_keep_sequences_apart(bounds):
         torch.testing.assert_close(rows, want, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="cannot be combined with a cache"):
         mixer(x, transformers.DynamicCache(config=mixer.config), **{bounds: given})
+
+
+@torch.no_grad()
+def test_a_patched_mixer_never_waits_for_the_device(no_host_sync):
+    model = nemotron()
+    tigon.patch(model)
+    mixer, norm = model.model.layers[0].mixer, model.model.layers[0].norm
+    cache = transformers.DynamicCache(config=model.config)
+    mask = torch.ones(2, 9)
+    mixer(norm(torch.randn(2, 9, 24)), cache, mask)
+    mixer(norm(torch.randn(2, 1, 24)), cache)
+    mixer(norm(torch.randn(2, 5, 24)), cache)
+    mixer(torch.randn(1, 9, 24), cu_seqlens=torch.tensor([0, 4, 9]))
 
 
 @torch.no_grad()
@@ -436,6 +463,10 @@ def test_what_cannot_be_patched_is_refused_by_name_and_left_alone():
         "conv_kernel 9": mamba2(conv_kernel=9),
         "size of 257": mamba2(state_size=257),
     }
+    with pytest.MonkeyPatch.context() as old:
+        old.delattr(transformers.Cache, "is_recording_past")
+        with pytest.raises(ValueError, match="pip install -U transformers"):
+            tigon.patch(mamba2())
     own = mamba2()
     own.backbone.layers[1].norm.forward = lambda x: x
     cases["layers.1.norm .* forward of its own"] = own
