@@ -185,6 +185,20 @@ def test_an_extreme_decay_neither_overflows_nor_loses_its_gradient():
     assert (grads[0] != 0).any()
 
 
+def test_a_growing_state_is_not_clamped():
+    """A > 0 is unusual and allowed: only exponents that the maths bounds by 0 are held there."""
+    inputs = make(l=80, D="h")
+    inputs["A"] = torch.tensor([0.05, -0.5, 0.0, 0.01], dtype=torch.float64)
+    inputs["dt"] = inputs["dt"].abs()
+    leaves = [inputs[k].requires_grad_() for k in ("x", "dt", "A", "B", "C")]
+    got, want = scan(inputs, dt_softplus=True), oracle(inputs, True, (0.0, INF))[:2]
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+    grads = [torch.autograd.grad(t[0].sum() + t[1].sum(), leaves) for t in (got, want)]
+    for g, w in zip(*grads, strict=True):
+        torch.testing.assert_close(g, w)
+
+
 def test_nan_in_one_sequence_stays_there():
     inputs = make(l=40, cu=[0, 17, 40])
     inputs["x"][0, 5] = float("nan")
