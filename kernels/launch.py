@@ -76,8 +76,8 @@ class ScanConfig:
     """Tiles of one SSD forward kernel: a program's state is (block_p, block_n), its chunk q tokens.
 
     np: the state is held transposed, (block_n, block_p), so that its long side is the matrix instruction's. mix_first:
-    C.B^T before C.R. tma: tiles through tensor descriptors. resident: programs an SM holds. precision: of
-    fp32 products. segment: tokens one program walks.
+    C.B^T before C.R. tma: tiles through tensor descriptors. resident: programs an SM holds. precision: of fp32
+    products. segment: tokens one program walks. An n above block_n is walked in several launches.
     """
 
     block_p: int
@@ -98,13 +98,16 @@ def scan_tiles(arch: int, p: int, n: int, itemsize: int, tma: bool) -> ScanConfi
     block_n = power_of_two(n)
     wide = block_n > 128
     if itemsize == 4:
-        row = ScanConfig(16 if wide else 32, block_n, 16, 8, mix_first=True)
+        # tf32x3 holds every operand twice: 32 x 128 at q 16 with 8 warps is what stays in registers (255 on sm_80,
+        # 52 KB). Of n 256 nothing does (32 x 256 spills 5 KB), so there n is walked in two launches.
+        row = ScanConfig(32, min(block_n, 128), 16, 8, mix_first=True)
     elif arch in (80, 120):
-        # mma.sync keeps accumulators and operands in registers: q 64 spills 600 bytes, and so does C.R first on
-        # sm_80. q 32, 4 warps: 255 registers, 38 KB (sm_80), 250 registers, 42 KB (sm_120). n 256 in
-        # tiles of 32 x 256: 168 bytes spilled with 4 warps, none with 8 (255 and 246 registers, 54 KB).
+        # mma.sync keeps accumulators and operands in registers: q 64 spills 600 bytes. q 32, 4 warps: 255 registers,
+        # 38 KB on sm_80, where C.R first spills 24 bytes; 247 registers, 42 KB on sm_120, where C.B^T first spills 8
+        # at n 64. n 256 in tiles of 32 x 256: 168 bytes with 4 warps, none with 8 (255 and 246 registers, 54 KB).
         warps, resident = (8, 1) if wide else (4, 2)
-        row = ScanConfig(32 if wide else 64, block_n, 32, warps, 2, resident, mix_first=True)
+        first = arch == 80 or wide
+        row = ScanConfig(32 if wide else 64, block_n, 32, warps, 2, resident, mix_first=first)
     else:
         # A warp group is 64 rows high, so 8 warps would do the q 64 products twice. sm_90: 255 registers, 96 KB, two
         # programs an SM; 56 KB and 255 registers without TMA. sm_100: 246 registers, 104 KB; without TMA 4 warps
@@ -153,12 +156,11 @@ def plan_ssd_scan(
 class SweepConfig:
     """Tiles of the SSD backward kernels.
 
-    A chunk has q tokens, states lie in memory every `subs` chunks. A sweep loops over at most `heads` heads of a group
+    A chunk has q tokens; its entry and exit states lie in memory. A sweep loops over at most `heads` heads of a group
     in tiles of block_p; nq: it holds dB and dC transposed, (n, q). programs: wanted walks over states.
     """
 
     q: int
-    subs: int
     heads: int
     block_p: int
     programs: int
@@ -187,7 +189,7 @@ def plan_ssd_scan_backward(
     q = 32 if arch in (80, 120) else 64
     return {
         "sweep": SweepConfig(
-            q, 1, 16, 64, 2 * (sms or SMS[arch]), nq=arch == 90, stages=2 if arch == 100 else 1
+            q, 16, 64, 2 * (sms or SMS[arch]), nq=arch == 90, stages=2 if arch == 100 else 1
         )
     }
 

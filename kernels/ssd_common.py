@@ -5,6 +5,7 @@ Decays             cs_l = sum_{i<=l} A dt'_i inside a chunk, kept in units of lo
                    once a program), so that every decay is one exp2: decay(l <- s) = exp2(cs_l - cs_s).
 Segments           which tokens a program owns (see ``tigon.segments``): rows of a table on the device when the
                    stream is packed, arithmetic when the batch is dense.
+Tiles              (tokens, width) tiles come through a tensor descriptor (TMA) bounded by the segment, or masked loads.
 Matrix products    ``dot`` feeds the tensor cores; the interpreter needs its bf16 operands upcast.
 Rounding           ``narrow`` rounds fp32 to the io dtype; the interpreter alone would cut bf16 off.
 
@@ -14,6 +15,7 @@ Chunk vectors are fp32 of length Q. Masks say "this token is inside the segment"
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.runtime import _allocation
 
 INTERPRETED = (
@@ -130,6 +132,84 @@ def segment_bounds(row, starts, ends, sequences, offsets, length, size, per_sequ
         first = row == tl.load(offsets + sequence)
         last = row + 1 == tl.load(offsets + sequence + 1, mask=used, other=0)
         return row * 0, start, end, sequence, first, last
+
+
+@triton.jit
+def tile_source(
+    ptr,
+    tokens,
+    stride,
+    WIDTH: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Where the (Q, BLOCK) tiles of a (tokens, WIDTH) stretch come from: a descriptor, or the bare pointer."""
+    if TMA:
+        return tl.make_tensor_descriptor(ptr, [tokens, WIDTH], [stride, 1], [Q, BLOCK])
+    else:
+        return ptr
+
+
+@triton.jit
+def tile_offsets(
+    t, tokens, column, stride, WIDTH: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Offsets and mask of the tile at token t. Inside a tile 32 bits suffice (`rows_of` sees to it)."""
+    rows = tl.arange(0, Q)
+    columns = column + tl.arange(0, BLOCK)
+    mask = (rows < tokens - t)[:, None] & (columns < WIDTH)[None, :]
+    return tl.cast(t, tl.int64) * stride + (rows[:, None] * stride + columns[None, :]), mask
+
+
+@triton.jit
+def load_tile(
+    source, t, tokens, column, stride,
+    WIDTH: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    if TMA:
+        return source.load([t, column])
+    else:
+        offsets, mask = tile_offsets(t, tokens, column, stride, WIDTH, Q, BLOCK)
+        return tl.load(source + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def state_tile(
+    tile, FIRST_N: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    """Offsets and mask of a program's share of a (p, n) state, held as (BLOCK_P, BLOCK_N) or, if NP, transposed."""
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = FIRST_N + tl.arange(0, BLOCK_N)
+    if NP:
+        return p[None, :] * N + n[:, None], (p < P)[None, :] & (n < N)[:, None]
+    else:
+        return p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """`t` (b,l,...), copied if tokens lie so far apart (16M elements) that a tile's offsets would pass 32 bits."""
+    return t.contiguous() if abs(t.stride(1)) >= 1 << 24 else t
+
+
+def pitch(t: Tensor | None) -> tuple[int, int]:
+    """Batch and token stride; what torch leaves there for a dimension of size 1 may be anything, so not that."""
+    if t is None:
+        return 0, 0
+    row = t.shape[2] * t.shape[3]
+    batch, token = t.stride()[:2]
+    return batch if t.shape[0] > 1 else 0, token if t.shape[1] > 1 else row
+
+
+def is_aligned(*tensors: Tensor | None) -> bool:
+    """Whether every (head, token) row of every tensor starts on 16 bytes, as tensor descriptors need."""
+    return all(
+        size * t.element_size() % 16 == 0
+        for t in tensors
+        if t is not None
+        for size in (*pitch(t), t.shape[3])
+    ) and all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def ensure_scratch() -> None:

@@ -34,70 +34,19 @@ from tigon.kernels.ssd_common import (
     decay_limit,
     dot,
     ensure_scratch,
+    is_aligned,
     load_head,
     load_step_size,
+    load_tile,
     narrow,
+    pitch,
+    rows_of,
     segment_bounds,
+    state_tile,
+    tile_offsets,
+    tile_source,
 )
 from tigon.segments import segment_table
-
-
-@triton.jit
-def tile_source(
-    ptr,
-    tokens,
-    stride,
-    WIDTH: tl.constexpr,
-    Q: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Where the (Q, BLOCK) tiles of a (tokens, WIDTH) stretch come from: a descriptor, or the bare pointer."""
-    if TMA:
-        return tl.make_tensor_descriptor(ptr, [tokens, WIDTH], [stride, 1], [Q, BLOCK])
-    else:
-        return ptr
-
-
-@triton.jit
-def tile_offsets(
-    t, tokens, column, stride, WIDTH: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Offsets and mask of the tile at token t. Inside a tile 32 bits suffice (`rows_of` sees to it)."""
-    rows = tl.arange(0, Q)
-    columns = column + tl.arange(0, BLOCK)
-    mask = (rows < tokens - t)[:, None] & (columns < WIDTH)[None, :]
-    return tl.cast(t, tl.int64) * stride + (rows[:, None] * stride + columns[None, :]), mask
-
-
-@triton.jit
-def load_tile(
-    source, t, tokens, column, stride,
-    WIDTH: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    if TMA:
-        return source.load([t, column])
-    else:
-        offsets, mask = tile_offsets(t, tokens, column, stride, WIDTH, Q, BLOCK)
-        return tl.load(source + offsets, mask=mask, other=0.0)
-
-
-@triton.jit
-def state_tile(
-    tile,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NP: tl.constexpr,
-):
-    """Offsets and mask of a program's share of a (p, n) state, held as (BLOCK_P, BLOCK_N) or, if NP, transposed."""
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    n = tl.arange(0, BLOCK_N)
-    if NP:
-        return p[None, :] * N + n[:, None], (p < P)[None, :] & (n < N)[:, None]
-    else:
-        return p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
 
 
 @triton.jit
@@ -149,7 +98,8 @@ def segment_states(
     x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, exits_ptr, decays_ptr,
     starts, ends, sequences, offsets, length, size, per_sequence, heads, per_group,
     x_b, x_t, dt_b, dt_t, dt_h, B_b, B_t, dt_min, dt_max,
-    SOFTPLUS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTPLUS: tl.constexpr, FIRST_N: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     Q: tl.constexpr, NP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """exits (rows,h,p,n): end state of each segment from a zero entry; decays (rows,h): log2 of what it keeps."""
@@ -184,12 +134,12 @@ def segment_states(
             dt_ptr, dt_t, (t + q).to(tl.int64), t + q < tokens, bias, dt_min, dt_max, SOFTPLUS
         )
         cs, dt = chunk_cumsum(A, dt)
-        B = load_tile(Bs, t, tokens, 0, B_t, N, Q, BLOCK_N, TMA)
+        B = load_tile(Bs, t, tokens, FIRST_N, B_t, N, Q, BLOCK_N, TMA)
         x = load_tile(xs, t, tokens, tile * BLOCK_P, x_t, P, Q, BLOCK_P, TMA)
         S, total = advance(S, x, B, cs, dt, limit, Q, NP, PRECISION, UPCAST)
         kept += total
     at = row.to(tl.int64) * heads + head
-    offset, mask = state_tile(tile, P, N, BLOCK_P, BLOCK_N, NP)
+    offset, mask = state_tile(tile, FIRST_N, P, N, BLOCK_P, BLOCK_N, NP)
     tl.store(exits_ptr + at * (P * N) + offset, S, mask=mask)
     if tile == 0:
         tl.store(decays_ptr + at, kept)
@@ -236,7 +186,7 @@ def walk(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, initial_ptr, exits_ptr, y_ptr, final_ptr,
     starts, ends, sequences, offsets, length, size, per_sequence, heads, per_group,
     x_b, x_t, dt_b, dt_t, dt_h, B_b, B_t, C_b, C_t, z_b, z_t, initial_s, dt_min, dt_max,
-    SOFTPLUS: tl.constexpr, D_ROWS: tl.constexpr, KEEP_LAST: tl.constexpr,
+    SOFTPLUS: tl.constexpr, D_ROWS: tl.constexpr, KEEP_LAST: tl.constexpr, FIRST_N: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     Q: tl.constexpr, NP: tl.constexpr, MIX_FIRST: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -244,7 +194,8 @@ def walk(
     """y of one segment and, from the last one of a sequence, its final state.
 
     A segment enters with its sequence's initial state or with exits[row - 1]. D_ROWS: D is (h,p), not (h).
-    KEEP_LAST: states were asked for at positions, so exits[row] of last segments is written as well.
+    KEEP_LAST: states were asked for at positions, so exits[row] of last segments is written as well. FIRST_N: this
+    launch's tile of n begins there; all terms are sums over n, so it adds to the y of the launch before.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     program = tl.program_id(0)
@@ -259,7 +210,7 @@ def walk(
     group = (head // per_group).to(tl.int64)
     head = head.to(tl.int64)
     row = row.to(tl.int64)
-    offset, mask = state_tile(tile, P, N, BLOCK_P, BLOCK_N, NP)
+    offset, mask = state_tile(tile, FIRST_N, P, N, BLOCK_P, BLOCK_N, NP)
     if NP:
         S = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
     else:
@@ -301,8 +252,8 @@ def walk(
             dt_ptr, dt_t, (t + q).to(tl.int64), t + q < tokens, bias, dt_min, dt_max, SOFTPLUS
         )
         cs, dt = chunk_cumsum(A, dt)
-        C = load_tile(Cs, t, tokens, 0, C_t, N, Q, BLOCK_N, TMA)
-        B = load_tile(Bs, t, tokens, 0, B_t, N, Q, BLOCK_N, TMA)
+        C = load_tile(Cs, t, tokens, FIRST_N, C_t, N, Q, BLOCK_N, TMA)
+        B = load_tile(Bs, t, tokens, FIRST_N, B_t, N, Q, BLOCK_N, TMA)
         x = load_tile(xs, t, tokens, column, x_t, P, Q, BLOCK_P, TMA)
 
         if MIX_FIRST:
@@ -314,6 +265,8 @@ def walk(
         y = dot(M, x, y, PRECISION, UPCAST)
         S, _ = advance(S, x, B, cs, dt, limit, Q, NP, PRECISION, UPCAST)
 
+        if FIRST_N > 0:
+            y += load_tile(ys, t, tokens, column, y_t, P, Q, BLOCK_P, TMA)
         if z_ptr is not None:
             z = load_tile(zs, t, tokens, column, z_t, P, Q, BLOCK_P, TMA).to(tl.float32)
             y *= z * tl.sigmoid(z)
@@ -328,30 +281,6 @@ def walk(
         tl.store(final_ptr + (sequence * heads + head) * (P * N) + offset, S, mask=mask)
         if KEEP_LAST:
             tl.store(exits_ptr + (row * heads + head) * (P * N) + offset, S, mask=mask)
-
-
-def rows_of(t: Tensor) -> Tensor:
-    """`t` (b,l,...), copied if tokens lie so far apart (16M elements) that a tile's offsets would pass 32 bits."""
-    return t.contiguous() if abs(t.stride(1)) >= 1 << 24 else t
-
-
-def pitch(t: Tensor | None) -> tuple[int, int]:
-    """Batch and token stride; what torch leaves there for a dimension of size 1 may be anything, so not that."""
-    if t is None:
-        return 0, 0
-    row = t.shape[2] * t.shape[3]
-    batch, token = t.stride()[:2]
-    return batch if t.shape[0] > 1 else 0, token if t.shape[1] > 1 else row
-
-
-def is_aligned(*tensors: Tensor | None) -> bool:
-    """Whether every (head, token) row of every tensor starts on 16 bytes, as tensor descriptors need."""
-    return all(
-        size * t.element_size() % 16 == 0
-        for t in tensors
-        if t is not None
-        for size in (*pitch(t), t.shape[3])
-    ) and all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def ssd_forward(
@@ -419,24 +348,28 @@ def ssd_forward(
     initial_s = 0 if initial_states is None else initial_states.stride(0)
     if config.tma:
         ensure_scratch()
+    columns = range(0, n, config.block_n)
     if several and l and b * h:
         states = configs["segment_states"]
-        segment_states[(rows * h * -(-p // states.block_p),)](
-            x, dt, A, B, dt_bias, exits, decays, *table, *sizes, *strides, dt_min, dt_max,
-            **shared, **tiles(states),
-        )  # fmt: skip
+        for first_n in columns:
+            segment_states[(rows * h * -(-p // states.block_p),)](
+                x, dt, A, B, dt_bias, exits, decays, *table, *sizes, *strides, dt_min, dt_max,
+                FIRST_N=first_n, **shared, **tiles(states),
+            )  # fmt: skip
     if (packed or several or not l) and sequences * h:
         block = min(launch.power_of_two(p * n), 1024)
         join_segments[(sequences * h * -(-p * n // block),)](
             exits, decays, initial_states, final, table[3], per_sequence, h, initial_s,
             STATE=p * n, BLOCK=block, num_warps=4,
         )  # fmt: skip
-    if l and b * h:
+    for first_n in columns if l and b * h else ():
+        skip = D if first_n == 0 else None
+        gate = z if first_n == columns[-1] else None
         walk[(rows * h * -(-p // config.block_p),)](
-            x, dt, A, B, C, D, z, dt_bias, initial_states, exits, y, final, *table, *sizes,
+            x, dt, A, B, C, skip, gate, dt_bias, initial_states, exits, y, final, *table, *sizes,
             *strides, *pitch(C), *pitch(z), initial_s, dt_min, dt_max,
-            D_ROWS=D is not None and D.dim() == 2, KEEP_LAST=state_positions is not None,
-            MIX_FIRST=config.mix_first, **shared, **tiles(config),
+            D_ROWS=skip is not None and D.dim() == 2, KEEP_LAST=state_positions is not None,
+            FIRST_N=first_n, MIX_FIRST=config.mix_first, **shared, **tiles(config),
         )  # fmt: skip
     if state_positions is None:
         return y, final, final[:0]

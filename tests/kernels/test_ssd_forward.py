@@ -10,7 +10,8 @@ from options import case_id, pairwise
 
 from tigon.kernels import launch
 from tigon.kernels import ssd_forward as kernels
-from tigon.kernels.ssd_forward import rows_of, ssd_forward
+from tigon.kernels.ssd_common import is_aligned, rows_of
+from tigon.kernels.ssd_forward import ssd_forward
 from tigon.reference.ssd import ssd_forward as reference
 from tigon.reference.ssd import ssd_recurrence
 
@@ -95,7 +96,7 @@ CASES = pairwise(
     softplus=[True, False],
     limit=[(0.0, INF), (0.05, 1.5)],
     beside=["fp32", "io"],
-    segment=[4096, 16],
+    segment=[4096, 16, 32],
     path=["pointers", "transposed", "mix_first", "descriptors"],
 )  # fmt: skip
 
@@ -172,10 +173,10 @@ def test_slices_of_one_projection_in_poisoned_memory(tma, device, monkeypatch):
     )
     if tma:  # rows start on 16 bytes, NaN lies between them
         inputs |= {k: aligned_slice(inputs[k]) for k in ("x", "B", "C", "z")}
-        assert kernels.is_aligned(*(inputs[k] for k in ("x", "B", "C", "z")))
+        assert is_aligned(*(inputs[k] for k in ("x", "B", "C", "z")))
     else:
         inputs |= {k: sliced(inputs[k], 2) for k in ("x", "B", "C", "z")}
-        assert not kernels.is_aligned(inputs["x"])
+        assert not is_aligned(inputs["x"])
     inputs["dt"] = sliced(inputs["dt"].transpose(0, 2), 1).transpose(0, 2)
     inputs |= {k: guarded(inputs[k]) for k in ("A", "D", "dt_bias")}
     for k in ("x", "B", "C", "z"):
@@ -260,6 +261,13 @@ def test_the_shipped_tables_give_the_same_answer(device):
     check(inputs, ssd_forward(*inputs.values(), True, 0.0, INF))
 
 
+@pytest.mark.parametrize("tma", [False, True])
+def test_wide_states_are_walked_in_tiles_of_n(tma, device):
+    inputs = make(device, l=40, h=1, n=40, D="hp", z=True, initial=True, positions=[20, 40])
+    config = replace(tiles(16, 16, segment=32)["walk"], tma=tma)
+    check(inputs, scan(inputs, configs={"walk": config, "segment_states": config}))
+
+
 def test_offsets_past_two_to_the_31(device):
     """Batch rows 2^31 elements apart in memory that is reserved but not touched."""
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 << 30:
@@ -295,7 +303,7 @@ def test_every_width_has_a_plan(arch, itemsize):
             config = launch.plan("ssd_scan", arch, b=1, l=4096, h=8, p=p, n=n, itemsize=itemsize)[
                 "walk"
             ]
-            assert config.block_n >= n and config.block_p * config.block_n <= 8192
+            assert config.block_n >= min(n, 128) and config.block_p * config.block_n <= 8192
             assert config.segment % 64 == 0 and config.tma == (arch >= 90)
             assert hash(config) == hash(replace(config))
 
