@@ -99,8 +99,8 @@ def scan_tiles(arch: int, p: int, n: int, itemsize: int, tma: bool) -> ScanConfi
     wide = block_n > 128
     if itemsize == 4:
         # tf32x3 holds every operand twice: 32 x 128 at q 16 with 8 warps is what stays in registers (255 on sm_80,
-        # 52 KB). Of n 256 nothing does (32 x 256 spills 5 KB), so there n is walked in two launches.
-        row = ScanConfig(32, min(block_n, 128), 16, 8, mix_first=True)
+        # 52 KB). Of n 256 nothing does (16 x 256 spills 5 KB), so there n is walked in two launches of 16 x 128.
+        row = ScanConfig(16 if wide else 32, min(block_n, 128), 16, 8, mix_first=True)
     elif arch in (80, 120):
         # mma.sync keeps accumulators and operands in registers: q 64 spills 600 bytes. q 32, 4 warps: 255 registers,
         # 38 KB on sm_80, where C.R first spills 24 bytes; 247 registers, 42 KB on sm_120, where C.B^T first spills 8
