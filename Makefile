@@ -64,7 +64,7 @@ codegen csrc packaging: env
 
 # Every dtype, not only one of each kernel and launch config.
 codegen-all: env
-	@$(BIN)/python tests/codegen/compile.py --all
+	@TIGON_CODEGEN=all $(PYTEST) $(PARALLEL) tests/codegen
 
 docs: env
 	@if $(BIN)/python -c 'import sphinx, myst_parser' 2>/dev/null; then \

@@ -13,6 +13,7 @@ from installs import ROOT, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("oldest")]
 OLDEST = ("triton==3.6.0", "numpy==2.3.*" if sys.version_info >= (3, 11) else "numpy==2.2.*")
+SPILLS = {"ssd_forward p64 n128 unaligned/90", "ssd_forward p64 n256/90"}
 
 IMPORT_ALL = """
 import importlib, pkgutil, tigon, triton, numpy
@@ -49,10 +50,13 @@ def test_references_hold_with_the_oldest_versions(oldest):
     assert " passed" in done.stdout
 
 
-def test_sm_90_code_of_the_oldest_triton_does_not_spill(oldest):
-    """One architecture, that of the GPU most often found with it; the gate proper covers all of them."""
+def test_sm_90_code_of_the_oldest_triton_spills_only_where_known(oldest):
+    """One architecture, that of the GPU most often found with it; the gate proper covers all of them.
+
+    The launch rows are chosen so that the newest Triton does not spill; in 3.6 two of them do.
+    """
     gate = [sys.executable, "tests/codegen/compile.py", "--arch", "90", "--json"]
     reports = json.loads(run(*gate, cwd=ROOT, **oldest).stdout.splitlines()[-1])
-    assert reports
+    assert len(reports) > len(SPILLS)
     spilled = {case: r for case, found in reports.items() for r in found if r["stack"]}
-    assert not spilled
+    assert set(spilled) <= SPILLS, spilled
