@@ -3,21 +3,20 @@
 DOCSTRING
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tigon.kernels import launch
-from tigon.kernels.ssd_backward_states import advance, gated, join, retreat, walk
+from tigon.kernels.ssd_backward_states import chunk_states, cut
 from tigon.kernels.ssd_backward_steps import (
     DIRECT,
     OFF,
     PAIRS,
     V,
     finish,
+    gate,
     load_steps,
     load_tile,
     prepare,
@@ -33,49 +32,45 @@ from tigon.kernels.ssd_common import (
     segment_bounds,
 )
 from tigon.kernels.ssd_forward import pitch, rows_of
-from tigon.segments import segment_count, segment_table
 
 
 @triton.jit
 def sweep(
-    dy_ptr, x_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, steps_ptr, CB_ptr, entry_ptr, exit_ptr,
+    dy_ptr, dout_ptr, x_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, steps_ptr, CB_ptr, entry_ptr, exit_ptr,
     dx_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, pieces_ptr, through_ptr,
     starts, ends, sequences, offsets, length, per_sequence,
     x_b, x_t, B_b, B_t, C_b, C_t, z_b, z_t, part_size,
     D_ROWS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HEADS_A_PART: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    NQ: tl.constexpr, Q: tl.constexpr, SUBS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    NQ: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program: one (chunk, group, part of its heads); it loops over those heads and over tiles of p.
 
     Blocks over token pairs are held as [s, l] (source, then the later token): no product needs a transpose in
-    the loop. dB, dC go to plane `part` of (parts,b,l,g,n); dD (chunks,h,p) is this chunk's share.
+    the loop. dB, dC go to plane `part` of (parts,b,l,g,n); dD (chunks,h[,p]) is this chunk's share.
     """
     PER_GROUP: tl.constexpr = HEADS // GROUPS
     PARTS: tl.constexpr = (PER_GROUP + HEADS_A_PART - 1) // HEADS_A_PART
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     program = tl.program_id(0)
-    sub = program % SUBS
-    part = (program // SUBS) % PARTS
-    group = ((program // (SUBS * PARTS)) % GROUPS).to(tl.int64)
-    row = (program // (SUBS * PARTS * GROUPS)).to(tl.int64)
+    part = program % PARTS
+    group = ((program // PARTS) % GROUPS).to(tl.int64)
+    chunk = (program // (PARTS * GROUPS)).to(tl.int64)
     batch, start, end, _sequence, _first, _last = segment_bounds(
-        row, starts, ends, sequences, offsets, length, SUBS * Q, per_sequence
+        chunk, starts, ends, sequences, offsets, length, Q, per_sequence
     )
     tokens = (end - start).to(tl.int32)
-    if sub * Q >= tokens:
+    if tokens <= 0:
         return
-    chunk = row * SUBS + sub
     q = tl.arange(0, Q)
-    rows = sub * Q + q
-    inside = rows < tokens
+    inside = q < tokens
     n = tl.arange(0, BLOCK_N)
     io = x_ptr.dtype.element_ty
 
     B_row = B_ptr + batch * B_b + start * B_t + group * N
     C_row = C_ptr + batch * C_b + start * C_t + group * N
-    B = load_tile(B_row, B_t, rows, inside, n, N)
-    C = load_tile(C_row, C_t, rows, inside, n, N)
+    B = load_tile(B_row, B_t, q, inside, n, N)
+    C = load_tile(C_row, C_t, q, inside, n, N)
     CB_block = CB_ptr + (chunk * GROUPS + group) * (Q * Q)
     dCB = tl.zeros((Q, Q), tl.float32)
     if NQ:
@@ -89,57 +84,41 @@ def sweep(
     last_head = tl.minimum(first_head + HEADS_A_PART, (group + 1) * PER_GROUP)
     for head in range(first_head, last_head):
         limit = decay_limit(load_head(A_ptr, head))
-        dt, cs, total = load_steps(steps_ptr, chunk * HEADS + head, Q)
+        slot = chunk * HEADS + head
+        dt, cs, total = load_steps(steps_ptr, slot, Q)
         to_end = decay(total - cs, limit)
         from_start = tl.exp2(cs)
         x_row = x_ptr + batch * x_b + start * x_t + head * P
         out_row = (batch * length + start) * (HEADS * P) + head * P
         dy_row = dy_ptr + out_row
-        z_row = z_ptr
-        if z_ptr is not None:
-            z_row = z_ptr + batch * z_b + start * z_t + head * P
         direct = tl.zeros((Q,), tl.float32)
         between = tl.zeros((Q,), tl.float32)
         v = tl.zeros((Q,), tl.float32)
         off = tl.zeros((Q,), tl.float32)
         through = 0.0
+        dD = 0.0
         for tile in range(0, TILES):
             p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-            state = (row * HEADS + head) * (P * N)
+            state = slot * (P * N)
             R = load_tile(entry_ptr + state, P, n, n < N, p, P)
             dR = load_tile(exit_ptr + state, P, n, n < N, p, P)
-            if SUBS > 1:
-                S = R.to(tl.float32)
-                for k in range(0, sub):
-                    S, _ = advance(
-                        S, x_row, x_t, B_row, B_t, steps_ptr, (row * SUBS + k) * HEADS + head, limit,
-                        k * Q + q, tokens, p, n, P, N, Q, PRECISION, UPCAST,
-                    )  # fmt: skip
-                R = narrow(S, io, UPCAST)
-                S = dR.to(tl.float32)
-                subs = tl.cdiv(tokens, Q)
-                for k in range(sub + 1, subs):
-                    other = subs + sub - k
-                    S, _ = retreat(
-                        S, dy_row, HEADS * P, z_row, z_t, C_row, C_t, steps_ptr, (row * SUBS + other) * HEADS + head,
-                        other * Q + q, tokens, p, n, P, N, Q, PRECISION, UPCAST,
-                    )  # fmt: skip
-                dR = narrow(S, io, UPCAST)
             through += tl.sum(tl.sum(R.to(tl.float32) * dR.to(tl.float32), 1), 0)
 
-            x = load_tile(x_row, x_t, rows, inside, p, P)
-            dout = load_tile(dy_row, HEADS * P, rows, inside, p, P)
-            dy = gated(dout, z_row, z_t, rows, inside, p, P, UPCAST)
+            x = load_tile(x_row, x_t, q, inside, p, P)
+            dy = load_tile(dy_row, HEADS * P, q, inside, p, P)
             x32 = x.to(tl.float32)
             dy32 = dy.to(tl.float32)
             tile_mask = within(inside, p, P)
-            out = rows[:, None] * (HEADS * P) + p[None, :]
+            out = q[:, None] * (HEADS * P) + p[None, :]
 
             CB = tl.load(CB_block + (q[:, None] * Q + q[None, :]))
             pair = decay(cs[None, :] - cs[:, None], limit)
             pair = tl.where(q[:, None] <= q[None, :], pair, 0.0)
             mixing = narrow(CB * pair * dt[:, None], io, UPCAST)
             gram = dot(x, tl.trans(dy), None, PRECISION, UPCAST) * pair
+            if D_ptr is not None and not D_ROWS:
+                diagonal = tl.where(q[:, None] == q[None, :], gram, 0.0)  # x_s . dy_s
+                dD += tl.sum(tl.sum(diagonal, 1), 0)
             dCB += gram * dt[:, None]
             gram *= CB
             direct += tl.sum(gram, 1)
@@ -155,10 +134,10 @@ def sweep(
             if D_ptr is not None:
                 if D_ROWS:
                     D = tl.load(D_ptr + head * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
+                    tl.store(dD_ptr + slot * P + p, tl.sum(x32 * dy32, 0), mask=p < P)
                 else:
                     D = load_head(D_ptr, head)
                 dx += D * dy32
-                tl.store(dD_ptr + (chunk * HEADS + head) * P + p, tl.sum(x32 * dy32, 0), mask=p < P)
             tl.store(dx_ptr + out_row + out, narrow(dx, io, UPCAST), mask=tile_mask)
             ending = narrow(x32 * (dt * to_end)[:, None], io, UPCAST)
             if NQ:
@@ -173,9 +152,11 @@ def sweep(
                 y = tl.fma(ahead, 1.0, y)
                 if D_ptr is not None:
                     y += D * x32
-                z = load_tile(z_row, z_t, rows, inside, p, P).to(tl.float32)
-                gate = tl.sigmoid(z)
-                dz = dout.to(tl.float32) * y * gate * (1.0 + z * (1.0 - gate))
+                z_row = z_ptr + batch * z_b + start * z_t + head * P
+                z = load_tile(z_row, z_t, q, inside, p, P).to(tl.float32)
+                dout = load_tile(dout_ptr + out_row, HEADS * P, q, inside, p, P).to(tl.float32)
+                open_share = tl.sigmoid(z)
+                dz = dout * y * open_share * (1.0 + z * (1.0 - open_share))
                 tl.store(dz_ptr + out_row + out, narrow(dz, io, UPCAST), mask=tile_mask)
             started = narrow(dy32 * from_start[:, None], io, UPCAST)
             if NQ:
@@ -183,101 +164,29 @@ def sweep(
             else:
                 dC = dot(started, tl.trans(R), dC, PRECISION, UPCAST)
 
-        slot = chunk * HEADS + head
         pieces = pieces_ptr + slot * (4 * Q) + q
         tl.store(pieces + DIRECT * Q, direct)
         tl.store(pieces + PAIRS * Q, between)
         tl.store(pieces + OFF * Q, off)
         tl.store(pieces + V * Q, v)
         tl.store(through_ptr + slot, through)
+        if D_ptr is not None and not D_ROWS:
+            tl.store(dD_ptr + slot, dD)
 
     low = narrow(dCB, io, UPCAST)
     if NQ:
         dB = dot(tl.trans(C), tl.trans(low), dB, PRECISION, UPCAST)
         dC = dot(tl.trans(B), low, dC, PRECISION, UPCAST)
-        tile = rows[None, :] * (GROUPS * N) + n[:, None]
+        tile = q[None, :] * (GROUPS * N) + n[:, None]
         mask = inside[None, :] & (n < N)[:, None]
     else:
         dB = dot(low, C, dB, PRECISION, UPCAST)
         dC = dot(tl.trans(low), B, dC, PRECISION, UPCAST)
-        tile = rows[:, None] * (GROUPS * N) + n[None, :]
+        tile = q[:, None] * (GROUPS * N) + n[None, :]
         mask = within(inside, n, N)
     place = part.to(tl.int64) * part_size + (batch * length + start) * (GROUPS * N) + group * N
     tl.store(dB_ptr + place + tile, narrow(dB, dB_ptr.dtype.element_ty, UPCAST), mask=mask)
     tl.store(dC_ptr + place + tile, narrow(dC, dC_ptr.dtype.element_ty, UPCAST), mask=mask)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """How many windows there are, and the table's columns where they are not plain arithmetic.
-
-    order, offset: dstates[order[j]] enters at the end of window w for j in [offset[w], offset[w + 1]).
-    """
-
-    count: int
-    per_sequence: int
-    rows: tuple[Tensor | None, ...] = (None, None, None, None)
-    at_position: Tensor | None = None
-    order: Tensor | None = None
-    offset: Tensor | None = None
-
-
-def cut(x: Tensor, cu_seqlens: Tensor | None, positions: Tensor | None, size: int) -> Windows:
-    b, l = x.shape[:2]
-    per_sequence = -(-l // size)
-    if cu_seqlens is None and positions is None:
-        return Windows(b * per_sequence, per_sequence)
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(2, device=x.device) * l
-    count = segment_count(
-        l, size, cu_seqlens.numel() - 1, 0 if positions is None else positions.numel()
-    )
-    table = segment_table(cu_seqlens, l, size, positions)
-    rows = (table.start, table.end, table.sequence, table.offset)
-    if positions is None:
-        return Windows(count, per_sequence, rows)
-    at, order = table.at_position.sort()
-    offset = torch.searchsorted(at, torch.arange(count + 1, device=x.device))
-    return Windows(count, per_sequence, rows, table.at_position, order, offset)
-
-
-def window_states(
-    config, windows, reverse, u, z, v, A, steps, edge, inject, left, common
-) -> Tensor:
-    """Entry states of all windows, or with `reverse` their exit gradients: (windows,h,n,p) in u's dtype."""
-    b, _l, h, p = u.shape
-    n = v.shape[-1]
-    tiles = -(-p // common["BLOCK_P"])
-    walks = min(windows.count, -(-config.programs // (h * tiles)))
-    if (
-        windows.rows[0] is None
-    ):  # dense: whole sequences if they suffice, else the same cuts in each
-        walks = b * min(-(-walks // b), windows.per_sequence)
-    windows_a_walk = -(-windows.count // walks)
-    walks = -(-windows.count // windows_a_walk)
-    alone = walks == 1 or (windows.rows[0] is None and windows_a_walk == windows.per_sequence)
-    out = torch.empty((windows.count, h, n, p), dtype=u.dtype, device=u.device)
-    carry = decays = None
-    if not alone:
-        carry = torch.empty((walks, h, n, p), dtype=torch.float32, device=u.device)
-        decays = torch.empty((walks, h), dtype=torch.float32, device=u.device)
-
-    def run(store: bool) -> None:
-        walk[(walks * h * tiles,)](
-            u, z, v, A, steps, edge, inject, windows.order, windows.offset, carry, decays, out, left,
-            *windows.rows, u.shape[1], windows.per_sequence, windows.count, windows_a_walk, walks,
-            *pitch(u), *pitch(z), *pitch(v), *pitch(edge)[:1], *pitch(inject)[:1],
-            REVERSE=reverse, STORE=store, num_warps=config.walk_warps, num_stages=config.walk_stages, **common,
-        )  # fmt: skip
-
-    if not alone:
-        run(store=False)
-        block = 1024
-        join[(h * -(-p * n // block),)](
-            carry, decays, walks, REVERSE=reverse, HEADS=h, STATE=p * n, BLOCK=block
-        )
-    run(store=True)
-    return out
 
 
 def ssd_backward(
@@ -311,23 +220,12 @@ def ssd_backward(
     g, n = B.shape[2:]
     if config is None:
         arch, sms = launch.target(x.device)
-        sizes = {
-            "b": b,
-            "l": l,
-            "h": h,
-            "g": g,
-            "p": p,
-            "n": n,
-            "itemsize": x.element_size(),
-            "sms": sms,
-        }
-        config = launch.plan("ssd_scan_backward", arch, **sizes)["sweep"]
+        sizes = {"b": b, "l": l, "h": h, "g": g, "p": p, "n": n, "sms": sms}
+        plan = launch.plan("ssd_scan_backward", arch, itemsize=x.element_size(), **sizes)
+        config = plan["sweep"]
     dy = dy.contiguous()
     dfinal, dstates = (None if t is None else t.contiguous() for t in (dfinal, dstates))
-    windows = cut(
-        x, cu_seqlens, None if dstates is None else state_positions, config.q * config.subs
-    )
-    chunks = windows.count * config.subs
+    chunks = cut(x, cu_seqlens, None if dstates is None else state_positions, config.q)
     parts = -(-(h // g) // config.heads)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -335,46 +233,56 @@ def ssd_backward(
 
     dx, ddt, dz = (None if t is None else new(*t.shape, dtype=t.dtype) for t in (x, dt, z))
     dB, dC = (new(parts, *t.shape, dtype=t.dtype if parts == 1 else torch.float32) for t in (B, C))
-    dA, dbias = new(chunks, h), None if dt_bias is None else new(chunks, h)
-    dD = None if D is None else torch.zeros((chunks, h, p), dtype=torch.float32, device=x.device)
+    dA, dbias = new(chunks.count, h), None if dt_bias is None else new(chunks.count, h)
+    dD = None if D is None else new(chunks.count, *D.shape).zero_()
     dinitial = None
     if initial_states is not None:
-        dinitial = torch.zeros(initial_states.shape, dtype=torch.float32, device=x.device)
-        if dfinal is not None:
-            dinitial.copy_(dfinal)  # what an empty sequence keeps
+        dinitial = new(*initial_states.shape)
+        dinitial.copy_(
+            torch.zeros_like(dinitial) if dfinal is None else dfinal
+        )  # empty sequences keep it
 
-    if chunks:
-        steps, CB = new(chunks, h, 2, config.q), new(chunks, g, config.q, config.q)
-        pieces, through = new(chunks, h, 4, config.q), new(chunks, h)
-        chunking = {"HEADS": h, "Q": config.q, "SUBS": config.subs, "UPCAST": INTERPRETED}
-        tiles = chunking | {
-            "GROUPS": g, "P": p, "N": n, "BLOCK_N": launch.power_of_two(n), "PRECISION": config.precision,
+    if chunks.count and h:
+        q, block_h = config.q, 16
+        steps, CB = new(chunks.count, h, 2, q), new(chunks.count, g, q, q)
+        pieces, through = new(chunks.count, h, 4, q), new(chunks.count, h)
+        step = (dt, A, dt_bias)
+        steps_of = {
+            "SOFTPLUS": dt_softplus,
+            "HEADS": h,
+            "BLOCK_H": block_h,
+            "Q": q,
+            "UPCAST": INTERPRETED,
+        }
+        tiles = {
+            "HEADS": h, "GROUPS": g, "P": p, "N": n, "Q": q, "BLOCK_N": launch.power_of_two(n),
             "BLOCK_P": min(config.block_p, launch.power_of_two(p)),
+            "PRECISION": config.precision, "UPCAST": INTERPRETED,
         }  # fmt: skip
-        table = (*windows.rows, l, windows.per_sequence)
-        prepare[(chunks * g,)](
-            dt, A, dt_bias, B, C, steps, CB, *table, *dt.stride(), *pitch(B), *pitch(C), dt_min, dt_max,
-            SOFTPLUS=dt_softplus, GROUPS=g, BLOCK_H=min(16, launch.power_of_two(h // g)), N=n,
-            BLOCK_N=tiles["BLOCK_N"], PRECISION=config.precision, **chunking,
+        grad = dy
+        if z is not None:
+            grad, block = torch.empty_like(dy), 1024
+            gate[(b * l * -(-h * p // block),)](
+                dy, z, grad, l, *pitch(z), WIDTH=h * p, BLOCK=block, UPCAST=INTERPRETED
+            )
+        prepare[(chunks.count * g,)](
+            *step, B, C, steps, CB, *chunks.table, *dt.stride(), *pitch(B), *pitch(C), dt_min, dt_max,
+            GROUPS=g, N=n, BLOCK_N=tiles["BLOCK_N"], PRECISION=config.precision, **steps_of,
         )  # fmt: skip
-        entry = window_states(
-            config, windows, False, x, None, B, A, steps, initial_states, None, None, tiles
-        )
-        exit = window_states(
-            config, windows, True, dy, z, C, A, steps, dfinal, dstates, dinitial, tiles
-        )
-        sweep[(chunks * g * parts,)](
-            dy, x, A, B, C, D, z, steps, CB, entry, exit, dx, dB, dC, dD, dz, pieces, through, *table,
-            *pitch(x), *pitch(B), *pitch(C), *pitch(z), B.numel(),
+        states = (config, chunks, tiles)
+        entry = chunk_states(*states, False, x, B, A, steps, initial_states)
+        exit = chunk_states(*states, True, grad, C, A, steps, dfinal, dstates, dinitial)
+        sweep[(chunks.count * g * parts,)](
+            grad, dy, x, A, B, C, D, z, steps, CB, entry, exit, dx, dB, dC, dD, dz, pieces, through,
+            *chunks.table, *pitch(x), *pitch(B), *pitch(C), *pitch(z), B.numel(),
             D_ROWS=D is not None and D.dim() == 2, HEADS_A_PART=config.heads, NQ=config.nq,
             num_warps=config.warps, num_stages=config.stages, **tiles,
         )  # fmt: skip
-        finish[(chunks * -(-h // 16),)](
-            dt, A, dt_bias, steps, pieces, through, ddt, dA, dbias, *table, *dt.stride(), dt_min, dt_max,
-            SOFTPLUS=dt_softplus, BLOCK_H=16, **chunking,
+        finish[(chunks.count * -(-h // block_h),)](
+            *step, steps, pieces, through, ddt, dA, dbias, *chunks.table, *dt.stride(), dt_min, dt_max, **steps_of
         )  # fmt: skip
     if dinitial is not None and dstates is not None:
-        at_start = (windows.at_position < 0)[:, None, None, None]
+        at_start = (chunks.at_position < 0)[:, None, None, None]
         dinitial[0] += torch.where(at_start, dstates, 0.0).sum(0)
     if parts == 1:
         dB, dC = dB[0], dC[0]
@@ -384,7 +292,7 @@ def ssd_backward(
         dA.sum(0).to(A.dtype),
         dB if parts == 1 else dB.sum(0).to(B.dtype),
         dC if parts == 1 else dC.sum(0).to(C.dtype),
-        None if D is None else dD.sum(0 if D.dim() == 2 else (0, 2)).to(D.dtype),
+        None if D is None else dD.sum(0).to(D.dtype),
         dz,
         None if dt_bias is None else dbias.sum(0).to(dt_bias.dtype),
         None if dinitial is None else dinitial.to(initial_states.dtype),

@@ -43,6 +43,23 @@ def load_tile(ptr, stride, rows, row_mask, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def gate(
+    dy_ptr, z_ptr, out_ptr, length, z_b, z_t,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out = dy silu(z), the gradient of the scan before its gate; WIDTH = h p. One program: one (token, block)."""
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    token = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    column = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < WIDTH
+    z_row = z_ptr + token // length * z_b + token % length * z_t
+    z = tl.load(z_row + column, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + token * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
+    out = narrow(dy * z * tl.sigmoid(z), out_ptr.dtype.element_ty, UPCAST)
+    tl.store(out_ptr + token * WIDTH + column, out, mask=mask)
+
+
+@triton.jit
 def load_steps(steps_ptr, slot, Q: tl.constexpr):
     """(dt', cs, cs_last) of a chunk and head; slot = chunk * h + head (int64)."""
     place = steps_ptr + slot * (2 * Q)
@@ -66,7 +83,7 @@ def prepare(
     dt_ptr, A_ptr, bias_ptr, B_ptr, C_ptr, steps_ptr, CB_ptr, starts, ends, sequences, offsets, length, per_sequence,
     dt_b, dt_t, dt_h, B_b, B_t, C_b, C_t, dt_min, dt_max,
     SOFTPLUS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_H: tl.constexpr,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, Q: tl.constexpr, SUBS: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, Q: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program: one (chunk, group)."""
@@ -74,9 +91,8 @@ def prepare(
     group = (tl.program_id(0) % GROUPS).to(tl.int64)
     chunk = (tl.program_id(0) // GROUPS).to(tl.int64)
     batch, start, end, _sequence, _first, _last = segment_bounds(
-        chunk // SUBS, starts, ends, sequences, offsets, length, SUBS * Q, per_sequence
+        chunk, starts, ends, sequences, offsets, length, Q, per_sequence
     )
-    start += chunk % SUBS * Q
     tokens = (end - start).to(tl.int32)
     if tokens <= 0:
         return
@@ -107,7 +123,7 @@ def prepare(
 def finish(
     dt_ptr, A_ptr, bias_ptr, steps_ptr, pieces_ptr, through_ptr, ddt_ptr, dA_ptr, dbias_ptr,
     starts, ends, sequences, offsets, length, per_sequence, dt_b, dt_t, dt_h, dt_min, dt_max,
-    SOFTPLUS: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, Q: tl.constexpr, SUBS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, Q: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program: one (chunk, block of heads). Chunks without tokens leave zeros in dA, dbias (chunks,h)."""
@@ -116,9 +132,8 @@ def finish(
     known = heads < HEADS
     chunk = (tl.program_id(0) // BLOCKS).to(tl.int64)
     batch, start, end, _sequence, _first, _last = segment_bounds(
-        chunk // SUBS, starts, ends, sequences, offsets, length, SUBS * Q, per_sequence
+        chunk, starts, ends, sequences, offsets, length, Q, per_sequence
     )
-    start += chunk % SUBS * Q
     q = tl.arange(0, Q)
     mask = (q < end - start)[:, None] & known[None, :]
     raw = load_raw(
