@@ -1,0 +1,160 @@
+"""What `tigon demo` does, in order, and what it prints."""
+
+import argparse
+import math
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tigon.cli.demo_text import lzma_bits, order_2_bits, split_text
+from tigon.cli.demo_train import BATCH, LENGTH, History, bits_per_byte, train
+from tigon.generation import generate
+from tigon.models import HybridLM
+
+OK, WRONG_RESULT = 0, 2
+NEW_BYTES = 240
+TOLERANCE = 1e-3  # of fp32 logits of size 10: decode and prefill sum in different orders
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """The exit code: 2 if the decode path's logits are not those of full recomputation."""
+    training, held_out = split_text(args.seed)
+    torch.manual_seed(args.seed)
+    model = HybridLM("tiny")
+    count = sum(p.numel() for p in model.parameters())
+    print(
+        f"text: pydoc_data.topics, {len(training):,} bytes to train on, {len(held_out):,} held out (whole topics)\n"
+        f"model: tiny, layers {model.config.pattern}, {count:,} parameters, bytes as tokens"
+    )
+    with _progress(args) as report:
+        history = train(
+            model,
+            _ids(training),
+            seconds=args.seconds,
+            steps=args.steps,
+            seed=args.seed,
+            report=report,
+        )
+    steps = len(history.nats)
+    print(f"trained {steps} steps of {BATCH * LENGTH} bytes in {history.seconds:.0f} s")
+    model.save_pretrained(args.out / "model")
+    print(f"saved {args.out / 'model'}")
+    _plot(history, args.out / "loss.png")
+    _compare(model, training, held_out)
+    return _generate(model, args.prompt, args.seed)
+
+
+def _ids(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+
+
+class _progress:
+    """A context that gives a function (progress, nats) to call: a bar where rich is installed, else plain lines."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.goal = f"{args.seconds:.0f} s" if args.steps is None else f"{args.steps} steps"
+        self.mean, self.next_line, self.bar = None, 0.0, None
+
+    def __enter__(self):
+        if find_spec("rich") is not None:
+            from rich.progress import Progress
+
+            self.bar = Progress()
+            self.bar.start()
+            self.task = self.bar.add_task(f"training, {self.goal}", total=1.0)
+        return self.report
+
+    def report(self, progress: float, nats: float) -> None:
+        self.mean = nats if self.mean is None else 0.95 * self.mean + 0.05 * nats
+        text = f"training, {self.goal}: {self.mean / math.log(2):.2f} bits/byte"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=progress, description=text)
+        elif progress >= self.next_line:
+            print(f"{text}, {100 * progress:.0f} %", flush=True)
+            self.next_line += 0.1
+
+    def __exit__(self, *error) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=1.0)
+            self.bar.stop()
+
+
+def _plot(history: History, path: Path) -> None:
+    if find_spec("matplotlib") is None:
+        print("no loss curve: matplotlib is not installed; pip install 'tigon[demo]'")
+        return
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    bits = torch.tensor(history.nats) / math.log(2)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(bits, alpha=0.3, label="step")
+    width = min(20, len(bits))
+    if width:
+        smooth = bits.unfold(0, width, 1).mean(-1)
+        axes.plot(range(width - 1, len(bits)), smooth, label=f"mean of {width} steps")
+    axes.set(xlabel="step", ylabel="bits per byte, training text", title="tigon demo: tiny preset")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    print(f"saved {path}")
+
+
+def _compare(model: HybridLM, training: bytes, held_out: bytes) -> None:
+    """Bits per byte on the held-out text, every contender knowing the training text."""
+    rows = (
+        ("tiny", bits_per_byte(model, _ids(held_out)), "this model"),
+        (
+            "order-2",
+            order_2_bits(training, held_out),
+            "byte contexts of the training text, Witten-Bell",
+        ),
+        (
+            "lzma",
+            lzma_bits(training, held_out),
+            "8 (size(training + held out) - size(training)) / bytes",
+        ),
+    )
+    print("bits per byte on the held-out text:")
+    for name, bits, note in rows:
+        print(f"  {name:8} {bits:6.3f}   {note}")
+
+
+def _generate(model: HybridLM, prompt: str, seed: int) -> int:
+    """Continue the prompt greedily and at temperature 1; compare decode logits with full recomputation."""
+    ids = _ids(prompt.encode())
+    worst = 0.0
+    for name, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
+        seen: list[Tensor] = []
+        start = time.perf_counter()
+        new = generate(
+            model,
+            [ids],
+            NEW_BYTES,
+            temperature=temperature,
+            generator=torch.Generator().manual_seed(seed),
+            on_step=lambda logits, _, seen=seen: seen.append(logits[0]),
+        )[0]
+        rate = NEW_BYTES / (time.perf_counter() - start)
+        text = bytes(new.tolist()).decode(errors="replace")
+        print(f"\n--- {name}, {rate:.0f} bytes/s through the recurrent decode path\n{prompt}{text}")
+        worst = max(worst, _difference(model, torch.cat([ids, new]), torch.stack(seen)))
+    verdict = "agree" if worst <= TOLERANCE else "DIFFER"
+    print(
+        f"\ndecode path and full recomputation {verdict}: "
+        f"largest difference of a logit {worst:.1e}, allowed {TOLERANCE:.0e}"
+    )
+    return OK if worst <= TOLERANCE else WRONG_RESULT
+
+
+@torch.no_grad()
+def _difference(model: HybridLM, ids: Tensor, decoded: Tensor) -> float:
+    """max |decoded logits - those of one pass over everything|; NaN counts as infinite."""
+    full = model(ids[None])[0, -decoded.shape[0] - 1 : -1]
+    return (full - decoded).abs().max().nan_to_num(nan=math.inf).item()

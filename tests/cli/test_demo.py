@@ -1,0 +1,100 @@
+"""`tigon demo` with a few steps, and the parts that it reports with."""
+
+import lzma
+import math
+
+import pytest
+import torch
+
+from tigon.cli import demo_run, demo_text, demo_train, main
+from tigon.models import HybridLM
+
+FEW = ["demo", "--steps", "2", "--prompt", "A class"]
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Less text to measure on and fewer bytes to generate."""
+    training, held_out = demo_text.split_text()
+    monkeypatch.setattr(demo_run, "split_text", lambda seed: (training[:20_000], held_out[:2_000]))
+    monkeypatch.setattr(demo_run, "NEW_BYTES", 12)
+    monkeypatch.setattr(demo_train, "BATCH", 2)
+
+
+def test_demo_trains_saves_compares_and_checks_the_decode_path(short, tmp_path, capsys):
+    assert main([*FEW, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "tiny",
+        "order-2",
+        "lzma",
+        "--- greedy",
+        "--- temperature 1",
+        "recomputation agree",
+    ):
+        assert part in out
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    again = HybridLM.from_pretrained(tmp_path / "model")
+    assert again.config == HybridLM("tiny", device="meta").config
+
+
+def test_demo_fails_if_decode_logits_are_not_those_of_recomputation(
+    short, tmp_path, capsys, monkeypatch
+):
+    whole = demo_run._difference
+    monkeypatch.setattr(demo_run, "_difference", lambda m, ids, seen: whole(m, ids, seen + 0.01))
+    assert main([*FEW, "--out", str(tmp_path)]) == 2
+    assert "DIFFER" in capsys.readouterr().out
+
+
+def test_demo_works_without_rich_and_matplotlib_and_says_so(short, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo_run, "find_spec", lambda name: None)
+    assert main([*FEW, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "matplotlib is not installed" in out and "bits/byte, 0 %" in out
+
+
+def test_held_out_paragraphs_are_not_in_the_training_text():
+    training, held_out = demo_text.split_text()
+    assert len(training) > 100_000 and 0.05 < len(held_out) / len(training) < 0.25
+    known = {p.strip() for p in training.split(b"\n\n")}
+    assert not known & {p.strip() for p in held_out.split(b"\n\n") if p.strip()}
+    assert demo_text.split_text() == (training, held_out)
+
+
+def test_order_2_model_is_a_distribution_and_learns():
+    text = b"abracadabra " * 50
+    assert demo_text.order_2_bits(text, b"abracadabra") < 1
+    shares = [2 ** -demo_text.order_2_bits(text, bytes([byte])) for byte in range(256)]
+    assert sum(shares) == pytest.approx(1, abs=1e-9)
+
+
+def test_lzma_is_charged_only_for_what_the_held_out_text_adds():
+    training, held_out = b"the quick brown fox " * 99, bytes(range(256)) * 4
+    preset = 9 | lzma.PRESET_EXTREME
+    sizes = [len(lzma.compress(t, preset=preset)) for t in (training + held_out, training)]
+    assert demo_text.lzma_bits(training, held_out) == 8 * (sizes[0] - sizes[1]) / len(held_out)
+
+
+@torch.no_grad()
+def test_bits_per_byte_is_that_of_one_pass_whatever_the_window():
+    torch.manual_seed(0)
+    model, text = HybridLM("tiny"), torch.randint(0, 256, (300,))
+    nats = model(text[None, :-1], labels=text[None, 1:]).item()
+    for window in (300, 128):
+        bits = demo_train.bits_per_byte(model, text, window)
+        assert bits == pytest.approx(nats / math.log(2), abs=1e-4)
+
+
+def test_training_by_steps_is_reproducible_and_lowers_the_loss(monkeypatch):
+    monkeypatch.setattr(demo_train, "BATCH", 2)
+    monkeypatch.setattr(demo_train, "LENGTH", 64)
+    text = torch.tensor(list(b"abcdefgh" * 100))
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        losses.append(demo_train.train(HybridLM("tiny"), text, seconds=1, steps=12).nats)
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < 0.7 * losses[0][0]
+    boxed = demo_train.train(HybridLM("tiny"), text, seconds=0.5)
+    assert len(boxed.nats) >= 1 and boxed.seconds < 30
