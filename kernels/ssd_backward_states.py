@@ -101,7 +101,9 @@ def walk(
         dt, cs, total = load_steps(steps_ptr, chunk * HEADS + head, Q)
         weight = tl.exp2(cs) if REVERSE else dt * decay(total - cs, limit)
         weighted = narrow(u.to(tl.float32) * weight[:, None], u.dtype, UPCAST)
-        S = dot(tl.trans(v), weighted, S * tl.exp2(total), PRECISION, UPCAST)
+        added = dot(tl.trans(v), weighted, None, PRECISION, UPCAST)
+        # Not as the product's accumulator: Triton 3.9 crashes on sm_100 when that comes out of the branch above.
+        S = tl.fma(S, tl.zeros_like(S) + tl.exp2(total), added)
         passed += total
         if STORE and REVERSE and left_ptr is not None and first:
             tl.store(left_ptr + sequence * STATE + first_element + theirs, S, mask=mask)

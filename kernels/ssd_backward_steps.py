@@ -62,9 +62,9 @@ def gate(
 @triton.jit
 def load_steps(steps_ptr, slot, Q: tl.constexpr):
     """(dt', cs, cs_last) of a chunk and head; slot = chunk * h + head (int64)."""
-    place = steps_ptr + slot * (2 * Q)
-    q = tl.arange(0, Q)
-    return tl.load(place + q), tl.load(place + Q + q), tl.load(place + 2 * Q - 1)
+    first = slot * (2 * Q)
+    place = steps_ptr + first + tl.arange(0, Q)
+    return tl.load(place), tl.load(place + Q), tl.load(steps_ptr + (first + 2 * Q - 1))
 
 
 @triton.jit
