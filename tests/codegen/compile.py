@@ -72,6 +72,8 @@ class Report:
     shared: int
     instructions: dict[str, int]
     half_dots: int
+    wide_loads: int
+    wide_stores: int
     narrow_addresses: list[str]
     tile: str
 
@@ -141,6 +143,8 @@ def compile_launch(item: Launch) -> Report:
         stack=stack,
         shared=built.metadata.shared,
         instructions={name: len(re.findall(pattern, ptx)) for name, pattern in MMA.items()},
+        wide_loads=len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
+        wide_stores=len(re.findall(r"st\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
         half_dots=len(re.findall(r"tt\.dot .*(?:bf16|f16|f8\w+)>", ttir)),
         narrow_addresses=re.findall(r"tt\.addptr .*: !tt\.ptr<\w+>, i32.*", ttir),
         tile=" ".join(f"{k}={v}" for k, v in constants.items()),

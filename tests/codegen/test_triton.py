@@ -68,6 +68,13 @@ def test_matrix_products_use_the_architectures_instruction(built):
         assert count[native] if native else any(count.values()), kernel
 
 
+def test_aligned_rows_move_16_bytes_at_a_time(built):
+    case, _, kernels = built
+    if not case.wide:
+        pytest.skip("not a kernel that lives on bandwidth")
+    assert all(k["wide_loads"] and k["wide_stores"] for k in kernels)
+
+
 def test_no_program_offset_is_32_bits_wide(built):
     """Offsets that grow with the batch or the sequence are added to a pointer as scalars: 64 bits, always."""
     _, _, kernels = built

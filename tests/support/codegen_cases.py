@@ -16,13 +16,14 @@ HALF, WIDE = torch.bfloat16, torch.float32
 class Case:
     """name; call(dtype) -> a function without arguments that launches. dtypes are compiled in CI, all_dtypes by
     `make codegen-all`. native: sm_90 and sm_100 must use their own matrix instruction, not the older mma.sync
-    (tiles under 64 rows cannot)."""
+    (tiles under 64 rows cannot). wide: rows must be read and written 16 bytes at a time."""
 
     name: str
     call: Callable[[torch.dtype], Callable[[], object]]
     dtypes: tuple[torch.dtype, ...] = (HALF,)
     all_dtypes: tuple[torch.dtype, ...] = (HALF, torch.float16, WIDE)
     native: bool = True
+    wide: bool = False
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -114,6 +115,7 @@ CASES = [
             f"causal_conv1d {way} d{d} width{width}{' states' * states}",
             causal_conv1d(d, width, way == "backward", states),
             dtypes,
+            wide=d % 16 == 0,
         )
         for way in ("forward", "backward")
         for d, width, states, dtypes in (
@@ -123,7 +125,12 @@ CASES = [
         )
     ),
     *(
-        Case(f"gated_norm {way} {name}", gated_norm(d, size, way == "backward", **kw), dtypes)
+        Case(
+            f"gated_norm {way} {name}",
+            gated_norm(d, size, way == "backward", **kw),
+            dtypes,
+            wide=True,
+        )
         for way in ("forward", "backward")
         for name, d, size, kw, dtypes in (
             ("group 1024", 8192, 1024, {}, (HALF, WIDE)),
