@@ -130,7 +130,7 @@ def segment_bounds(row, starts, ends, sequences, offsets, length, size, per_sequ
         # The dummy sequence of unused rows has no entry after its offset; such rows own no token.
         used = end > start
         first = row == tl.load(offsets + sequence)
-        last = row + 1 == tl.load(offsets + sequence + 1, mask=used, other=0)
+        last = row + 1 == tl.load(offsets + (sequence + 1), mask=used, other=0)
         return row * 0, start, end, sequence, first, last
 
 

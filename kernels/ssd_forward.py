@@ -164,7 +164,7 @@ def join_segments(
         stop = first + per_sequence
     else:
         first = tl.load(offsets + sequence)
-        stop = tl.load(offsets + sequence + 1)
+        stop = tl.load(offsets + (sequence + 1))
     element = block * BLOCK + tl.arange(0, BLOCK)
     mask = element < STATE
     S = tl.zeros((BLOCK,), tl.float32)

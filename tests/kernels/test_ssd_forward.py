@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from memory import guarded, sliced
 from numerics import assert_close_to_oracle
 from options import case_id, pairwise
 
 from tigon.kernels import launch
 from tigon.kernels import ssd_forward as kernels
-from tigon.kernels.ssd_common import is_aligned, rows_of
+from tigon.kernels.ssd_common import decay, decay_limit, is_aligned, rows_of
 from tigon.kernels.ssd_forward import ssd_forward
 from tigon.reference.ssd import ssd_forward as reference
 from tigon.reference.ssd import ssd_recurrence
@@ -280,6 +282,35 @@ def test_offsets_past_two_to_the_31(device):
     for tma in (False, True):
         for got, want in zip(scan(near | {"x": x}, tma=tma), scan(near, tma=tma)):
             assert torch.equal(got, want)
+
+
+def test_offsets_past_two_to_the_31_within_a_sequence(device):
+    """Tokens 2^23 elements apart, the most that `rows_of` leaves alone."""
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 << 30:
+        pytest.skip("needs 5 GB of device memory")
+    near = make(device, l=260, h=1, dtype=torch.float16)
+    far = torch.empty(260 << 23, dtype=torch.float16, device=device)
+    x = far.as_strided((1, 260, 1, 16), (0, 1 << 23, 16, 1))
+    x.copy_(near["x"])
+    assert rows_of(x) is x
+    for got, want in zip(scan(near | {"x": x}), scan(near)):
+        assert torch.equal(got, want)
+
+
+@triton.jit
+def _decays(out, exponents, A):
+    at = tl.arange(0, 4)
+    tl.store(out + at, decay(tl.load(exponents + at), decay_limit(tl.load(A))))
+
+
+@pytest.mark.parametrize(
+    ("A", "expected"), [(-1.0, [1.0, 1.0, 0.5]), (0.0, [1.0, 1.0, 0.5]), (1.0, [2.0, 1.0, 0.5])]
+)
+def test_a_decay_never_grows_unless_A_is_positive(A, expected, device):
+    exponents = torch.tensor([1.0, 0.0, -1.0, float("nan")], device=device)
+    out = torch.empty(4, device=device)
+    _decays[(1,)](out, exponents, torch.tensor([A], device=device))
+    assert out[:3].tolist() == expected and out[3].isnan()
 
 
 def test_tokens_too_far_apart_for_32_bits_are_copied(device):
