@@ -157,7 +157,8 @@ class SweepConfig:
     """Tiles of the SSD backward kernels.
 
     A chunk has q tokens; its entry and exit states lie in memory. A sweep loops over at most `heads` heads of a group
-    in tiles of block_p; nq: it holds dB and dC transposed, (n, q). programs: wanted walks over states.
+    in tiles of block_p; nq: it holds dB and dC transposed, (n, q); hoist: what all heads share stays in registers.
+    programs: wanted walks over states.
     """
 
     q: int
@@ -165,6 +166,7 @@ class SweepConfig:
     block_p: int
     programs: int
     nq: bool = False
+    hoist: bool = False
     warps: int = 8
     stages: int = 1
     walk_warps: int = 8

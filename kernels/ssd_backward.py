@@ -20,6 +20,7 @@ from tigon.kernels.ssd_backward_steps import (
     load_steps,
     load_tile,
     prepare,
+    skip,
     within,
 )
 from tigon.kernels.ssd_common import (
@@ -31,23 +32,25 @@ from tigon.kernels.ssd_common import (
     narrow,
     segment_bounds,
 )
-from tigon.kernels.ssd_forward import pitch, rows_of
+from tigon.kernels.ssd_forward import pitch, rows_of, ssd_forward
 
 
 @triton.jit
 def sweep(
-    dy_ptr, dout_ptr, x_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, steps_ptr, CB_ptr, entry_ptr, exit_ptr,
-    dx_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, pieces_ptr, through_ptr,
+    dy_ptr, x_ptr, A_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, CB_ptr, entry_ptr, exit_ptr,
+    dx_ptr, dB_ptr, dC_ptr, dD_ptr, pieces_ptr, through_ptr,
     starts, ends, sequences, offsets, length, per_sequence,
-    x_b, x_t, B_b, B_t, C_b, C_t, z_b, z_t, part_size,
+    x_b, x_t, B_b, B_t, C_b, C_t, part_size,
     D_ROWS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HEADS_A_PART: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    NQ: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    NQ: tl.constexpr, HOIST: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program: one (chunk, group, part of its heads); it loops over those heads and over tiles of p.
 
     Blocks over token pairs are held as [s, l] (source, then the later token): no product needs a transpose in
-    the loop. dB, dC go to plane `part` of (parts,b,l,g,n); dD (chunks,h[,p]) is this chunk's share.
+    the loop. dB, dC go to plane `part` of (parts,b,l,g,n); dD (chunks,h) is this
+    chunk's share, for D (h); dD_ptr is None for D (h,p). HOIST: let the compiler move what all heads share out of
+    their loop, into registers.
     """
     PER_GROUP: tl.constexpr = HEADS // GROUPS
     PARTS: tl.constexpr = (PER_GROUP + HEADS_A_PART - 1) // HEADS_A_PART
@@ -82,7 +85,7 @@ def sweep(
 
     first_head = group * PER_GROUP + part * HEADS_A_PART
     last_head = tl.minimum(first_head + HEADS_A_PART, (group + 1) * PER_GROUP)
-    for head in range(first_head, last_head):
+    for head in tl.range(first_head, last_head, disable_licm=not HOIST):
         limit = decay_limit(load_head(A_ptr, head))
         slot = chunk * HEADS + head
         dt, cs, total = load_steps(steps_ptr, slot, Q)
@@ -116,7 +119,7 @@ def sweep(
             pair = tl.where(q[:, None] <= q[None, :], pair, 0.0)
             mixing = narrow(CB * pair * dt[:, None], io, UPCAST)
             gram = dot(x, tl.trans(dy), None, PRECISION, UPCAST) * pair
-            if D_ptr is not None and not D_ROWS:
+            if dD_ptr is not None:
                 diagonal = tl.where(q[:, None] == q[None, :], gram, 0.0)  # x_s . dy_s
                 dD += tl.sum(tl.sum(diagonal, 1), 0)
             dCB += gram * dt[:, None]
@@ -134,7 +137,6 @@ def sweep(
             if D_ptr is not None:
                 if D_ROWS:
                     D = tl.load(D_ptr + head * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
-                    tl.store(dD_ptr + slot * P + p, tl.sum(x32 * dy32, 0), mask=p < P)
                 else:
                     D = load_head(D_ptr, head)
                 dx += D * dy32
@@ -147,17 +149,6 @@ def sweep(
 
             ahead = dot(C, R, None, PRECISION, UPCAST) * from_start[:, None]
             off += tl.sum(dy32 * ahead, 1)
-            if z_ptr is not None:
-                y = dot(tl.trans(mixing), x, None, PRECISION, UPCAST)
-                y = tl.fma(ahead, 1.0, y)
-                if D_ptr is not None:
-                    y += D * x32
-                z_row = z_ptr + batch * z_b + start * z_t + head * P
-                z = load_tile(z_row, z_t, q, inside, p, P).to(tl.float32)
-                dout = load_tile(dout_ptr + out_row, HEADS * P, q, inside, p, P).to(tl.float32)
-                open_share = tl.sigmoid(z)
-                dz = dout * y * open_share * (1.0 + z * (1.0 - open_share))
-                tl.store(dz_ptr + out_row + out, narrow(dz, io, UPCAST), mask=tile_mask)
             started = narrow(dy32 * from_start[:, None], io, UPCAST)
             if NQ:
                 dC = dot(R, tl.trans(started), dC, PRECISION, UPCAST)
@@ -170,7 +161,7 @@ def sweep(
         tl.store(pieces + OFF * Q, off)
         tl.store(pieces + V * Q, v)
         tl.store(through_ptr + slot, through)
-        if D_ptr is not None and not D_ROWS:
+        if dD_ptr is not None:
             tl.store(dD_ptr + slot, dD)
 
     low = narrow(dCB, io, UPCAST)
@@ -231,7 +222,8 @@ def ssd_backward(
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    dx, ddt, dz = (None if t is None else new(*t.shape, dtype=t.dtype) for t in (x, dt, z))
+    dx, ddt = (new(*t.shape, dtype=t.dtype) for t in (x, dt))
+    dz = None if z is None else new(*z.shape, dtype=z.dtype)
     dB, dC = (new(parts, *t.shape, dtype=t.dtype if parts == 1 else torch.float32) for t in (B, C))
     dA, dbias = new(chunks.count, h), None if dt_bias is None else new(chunks.count, h)
     dD = None if D is None else new(chunks.count, *D.shape).zero_()
@@ -262,8 +254,16 @@ def ssd_backward(
         grad = dy
         if z is not None:
             grad, block = torch.empty_like(dy), 1024
+            dz, _, _ = ssd_forward(
+                x, dt, A, B, C, D, None, dt_bias, initial_states, cu_seqlens, None, dt_softplus, dt_min, dt_max
+            )  # fmt: skip
             gate[(b * l * -(-h * p // block),)](
-                dy, z, grad, l, *pitch(z), WIDTH=h * p, BLOCK=block, UPCAST=INTERPRETED
+                dy, z, grad, dz, l, *pitch(z), WIDTH=h * p, BLOCK=block, UPCAST=INTERPRETED
+            )
+        D_ROWS = D is not None and D.dim() == 2
+        if D_ROWS:
+            skip[(chunks.count * -(-h * p // 128),)](
+                grad, x, dD, *chunks.table, *pitch(x), WIDTH=h * p, BLOCK=128, Q=q
             )
         prepare[(chunks.count * g,)](
             *step, B, C, steps, CB, *chunks.table, *dt.stride(), *pitch(B), *pitch(C), dt_min, dt_max,
@@ -273,9 +273,9 @@ def ssd_backward(
         entry = chunk_states(*states, False, x, B, A, steps, initial_states)
         exit = chunk_states(*states, True, grad, C, A, steps, dfinal, dstates, dinitial)
         sweep[(chunks.count * g * parts,)](
-            grad, dy, x, A, B, C, D, z, steps, CB, entry, exit, dx, dB, dC, dD, dz, pieces, through,
-            *chunks.table, *pitch(x), *pitch(B), *pitch(C), *pitch(z), B.numel(),
-            D_ROWS=D is not None and D.dim() == 2, HEADS_A_PART=config.heads, NQ=config.nq,
+            grad, x, A, B, C, D, steps, CB, entry, exit, dx, dB, dC, None if D_ROWS else dD, pieces, through,
+            *chunks.table, *pitch(x), *pitch(B), *pitch(C), B.numel(),
+            D_ROWS=D_ROWS, HEADS_A_PART=config.heads, NQ=config.nq, HOIST=config.hoist,
             num_warps=config.warps, num_stages=config.stages, **tiles,
         )  # fmt: skip
         finish[(chunks.count * -(-h // block_h),)](

@@ -44,19 +44,48 @@ def load_tile(ptr, stride, rows, row_mask, columns, WIDTH: tl.constexpr):
 
 @triton.jit
 def gate(
-    dy_ptr, z_ptr, out_ptr, length, z_b, z_t,
+    dy_ptr, z_ptr, grad_ptr, y_ptr, length, z_b, z_t,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out = dy silu(z), the gradient of the scan before its gate; WIDTH = h p. One program: one (token, block)."""
+    """grad = dy silu(z), the gradient before the gate, and dz = dy y silu'(z) in place of y, the scan before it.
+
+    WIDTH = h p. One program: one (token, block).
+    """
     BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     token = (tl.program_id(0) // BLOCKS).to(tl.int64)
     column = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     mask = column < WIDTH
-    z_row = z_ptr + token // length * z_b + token % length * z_t
+    place = token * WIDTH + column
+    z_row = z_ptr + (token // length * z_b + token % length * z_t)
     z = tl.load(z_row + column, mask=mask, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + token * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
-    out = narrow(dy * z * tl.sigmoid(z), out_ptr.dtype.element_ty, UPCAST)
-    tl.store(out_ptr + token * WIDTH + column, out, mask=mask)
+    dy = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    passed = tl.sigmoid(z)
+    tl.store(
+        grad_ptr + place, narrow(dy * z * passed, grad_ptr.dtype.element_ty, UPCAST), mask=mask
+    )
+    dz = dy * y * passed * (1.0 + z * (1.0 - passed))
+    tl.store(y_ptr + place, narrow(dz, y_ptr.dtype.element_ty, UPCAST), mask=mask)
+
+
+@triton.jit
+def skip(
+    dy_ptr, x_ptr, dD_ptr, starts, ends, sequences, offsets, length, per_sequence, x_b, x_t,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, Q: tl.constexpr,
+):  # fmt: skip
+    """A chunk's share of dD (h,p): sum over its tokens of dy x. WIDTH = h p. One program: one (chunk, block)."""
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    chunk = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    column = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    batch, start, end, _sequence, _first, _last = segment_bounds(
+        chunk, starts, ends, sequences, offsets, length, Q, per_sequence
+    )
+    q = tl.arange(0, Q)
+    inside = q < end - start
+    dy = load_tile(dy_ptr + (batch * length + start) * WIDTH, WIDTH, q, inside, column, WIDTH)
+    x = load_tile(x_ptr + (batch * x_b + start * x_t), x_t, q, inside, column, WIDTH)
+    share = tl.sum(dy.to(tl.float32) * x.to(tl.float32), 0)
+    tl.store(dD_ptr + chunk * WIDTH + column, share, mask=column < WIDTH)
 
 
 @triton.jit
