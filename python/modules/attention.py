@@ -160,7 +160,7 @@ class Attention(nn.Module):
         if cache is not None:
             b, length = x.shape[:2]
             rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            row, slot, position = cache.places(rows, length, slots, num_tokens, cu_seqlens)
+            row, slot, position = cache.places(rows, length, slots, cu_seqlens)
             cache.append(k, v, slot, position)
         if fresh and cu_seqlens is not None:
             out = _attend_packed(q, k, v, cu_seqlens)

@@ -183,7 +183,8 @@ class Mamba2(nn.Module):
         Args:
             u: (b,l,d_model); packed sequences: (1,l,d_model).
             cu_seqlens: (s+1) int32 or int64 bounds of the packed sequences.
-            cache: states to continue from. Up to 16 tokens a row take the decode ops, more the scan.
+            cache: states to continue from. Up to 16 tokens a row take the decode ops where no gradient is wanted, all
+                else the scan.
             slots: (b) or (s) int64, the slot of each row or sequence (`tigon.modules.state`). Needs cache.
             num_tokens: (b) int32 or int64, the real tokens of each row, padding on the right; outputs there are
                 finite and mean nothing. Needs cache; packed batches have none.
@@ -193,7 +194,7 @@ class Mamba2(nn.Module):
         if cache is None:
             x, B, C = self._heads(self.conv1d(xBC, cu_seqlens=cu_seqlens))
             y = ssd_scan(x, dt, B=B, C=C, cu_seqlens=cu_seqlens, **self._scan_arguments(z))
-        elif cu_seqlens is None and u.shape[1] <= MAX_STEP:
+        elif cu_seqlens is None and u.shape[1] <= MAX_STEP and not self._wants_gradient(u):
             y = self._step(xBC, dt, z, cache, slots, num_tokens)
         else:
             y = self._continue(xBC, dt, z, cu_seqlens, cache, slots, num_tokens)
@@ -223,6 +224,11 @@ class Mamba2(nn.Module):
             "dt_softplus": True,
             "dt_limit": self.dt_limit,
         }
+
+    def _wants_gradient(self, u: Tensor) -> bool:
+        """The decode ops have no gradient; the scan's stop at the states that the cache holds."""
+        leaves = (u, *self.parameters())
+        return torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
 
     def _step(self, xBC, dt, z, cache, slots, num_tokens) -> Tensor:
         """1 to 16 tokens a row, in place in the cache."""

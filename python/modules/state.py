@@ -97,7 +97,7 @@ class Lengths:
 @dataclass
 class KVCache:
     """keys, values (slots, capacity+1, hkv, dim); `lengths` may be shared by layers. The last column is a dummy:
-    tokens that are padding, or do not fit, are written there and never read."""
+    tokens of padding slots, and those that do not fit, are written there and never read."""
 
     keys: Tensor
     values: Tensor
@@ -111,12 +111,13 @@ class KVCache:
         rows: int,
         length: int,
         slots: Tensor | None,
-        num_tokens: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(row, slot, position) of every token of a call, each (b, length); position `capacity` if not real.
+        """(row, slot, position) of every token of a call, each (b, length).
 
-        row: of a dense batch, or the sequence of a packed one (then b = 1).
+        row: of a dense batch, or the sequence of a packed one (then b = 1). position: `capacity` in padding slots and
+        where a slot is full. Tokens past a row's num_tokens have places like the others: nobody sees them there,
+        and the next real tokens overwrite them.
         """
         device = self.keys.device
         token = torch.arange(length, device=device)
@@ -126,16 +127,12 @@ class KVCache:
         if cu_seqlens is None:
             row = torch.arange(rows, device=device)[:, None].expand(-1, length)
             position = before[:, None] + token
-            real = (slots >= 0)[:, None].expand(-1, length)
-            if num_tokens is not None:
-                real = real & (token < num_tokens[:, None])
         else:
             bounds = cu_seqlens.to(torch.int64)
             row = torch.searchsorted(bounds, token, right=True).sub_(1).clamp_(0, rows - 1)[None]
             position = before[row] + token - bounds[row]
-            real = slots[row] >= 0
-        real = real & (position < self.lengths.capacity)
-        position = torch.where(real, position, self.lengths.capacity)
+        capacity = self.lengths.capacity
+        position = torch.where(slots[row] >= 0, position, capacity).clamp(max=capacity)
         return row, slots[row].clamp(min=0), position
 
     def append(self, k: Tensor, v: Tensor, slot: Tensor, position: Tensor) -> None:
