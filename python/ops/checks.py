@@ -148,6 +148,16 @@ class Check:
         if least < low or most > high:
             self.fail(f"{name} must lie in [{low}, {high}], got values from {least} to {most}")
 
+    def no_gradient(self, use: str, **tensors: Tensor | None) -> None:
+        """An in-place decode op has no gradient: refuse inputs that want one."""
+        if torch.is_grad_enabled():
+            for name, t in tensors.items():
+                if t is not None and t.requires_grad:
+                    self.fail(
+                        f"{name} requires a gradient and this op has none: call it under torch.no_grad(), or use {use}",
+                        RuntimeError,
+                    )
+
     def distinct(self, name: str, value: Tensor | None) -> None:
         """Non-negative elements of `value` occur once: two rows may not write one slot."""
         if value is None or not readable(value):

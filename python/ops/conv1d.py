@@ -177,12 +177,14 @@ def causal_conv1d_update(
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range, by name.
+        RuntimeError: an argument requires a gradient; causal_conv1d has gradients.
     """
     check = Check("causal_conv1d_update")
     check.one_of("x", x, "b d", "b m d")
     single = x.dim() == 2
     _check_weights(check, x, weight, bias, activation)
     check.tensor("conv_state", conv_state, "slots d W")
+    check.no_gradient("causal_conv1d", x=x, conv_state=conv_state, weight=weight, bias=bias)
     slots, window = conv_state.shape[0], conv_state.shape[2]
     b, m = x.shape[0], 1 if single else x.shape[1]
     least = weight.shape[1] - 1

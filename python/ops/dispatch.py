@@ -194,16 +194,16 @@ def _warn_once(op: str, reason: str) -> None:
     )
 
 
-def run(op: str, main: Tensor, *args: Any) -> Any:
+def run(op: str, main: Tensor, *args: Any, **options: Any) -> Any:
     """Run `op` on the backend for `main`, with main's device current."""
     choice = select(op, main.device, main.dtype)
     function = _load(choice.function)
     if not main.is_cuda:
-        return function(*args)
+        return function(*args, **options)
     if choice.backend == "reference" and _wanted()[0] == "auto" and main.dtype != torch.float64:
         _warn_once(op, choice.reason)
     with torch.cuda.device(main.device):
-        return function(*args)
+        return function(*args, **options)
 
 
 class _Stop(Exception):
@@ -266,7 +266,11 @@ def explain(op: str, *args: Any, arch: int | None = None, **kwargs: Any) -> Expl
     choice = select(op, main.device, main.dtype, arch)
     launch = {}
     if choice.backend != "reference":
-        plan = _load("tigon.native:plan" if OPS[op].kind == "cuda" else "tigon.kernels.launch:plan")
+        if OPS[op].kind == "cuda":
+            plan = _load("tigon.native:plan")
+        else:
+            plan = _load("tigon.kernels.launch:plan")
+            sizes = sizes | {"batch_invariant": is_batch_invariant()}
         if arch is None:
             arch = device_arch(main.device) if main.is_cuda else 80
         launch = plan(op, table_arch(arch // 10), **sizes)

@@ -25,23 +25,8 @@ _SCAN_ARGUMENTS = (
 )
 
 
-def _scan(x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, positions, *rest):
-    if is_batch_invariant() and x.device.type == "cpu" and cu_seqlens is None and x.shape[0]:
-        # A matrix product's bits depend on its shape: the packed form pads a row's last chunk to that of the others.
-        cu_seqlens = torch.tensor([0, x.shape[1]])
-    args = (x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, positions, *rest)
-    if x.shape[0] > 1 and is_batch_invariant():
-        outs = [run("ssd_scan", x, *_row(args, i)) for i in range(x.shape[0])]
-        return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
-    return run("ssd_scan", x, *args)
-
-
-_BATCHED = (0, 1, 3, 4, 6, 8)  # x, dt, B, C, z, initial_states: arguments with a batch dimension
-
-
-def _row(args: tuple, i: int) -> tuple:
-    """The arguments of batch row i alone."""
-    return tuple(a[i : i + 1] if k in _BATCHED and a is not None else a for k, a in enumerate(args))
+def _scan(x, *rest):
+    return run("ssd_scan", x, x, *rest, batch_invariant=is_batch_invariant())
 
 
 def _scan_fake(x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, positions, *rest):
@@ -274,6 +259,7 @@ def ssd_update(
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range, by name.
+        RuntimeError: an argument requires a gradient; ssd_scan has gradients.
     """
     check = Check("ssd_update")
     check.one_of("x", x, "b h p", "b m h p")
@@ -282,6 +268,7 @@ def ssd_update(
         check, x, dt, A, B, C, D, z, dt_bias, dt_limit, "b" if single else "b m"
     )
     check.tensor("state", state, "slots h p n")
+    check.no_gradient("ssd_scan", state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     slots, b = state.shape[0], x.shape[0]
     m = 1 if single else x.shape[1]
     check.require(

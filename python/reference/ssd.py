@@ -189,8 +189,17 @@ def _cut(x, cu_seqlens, state_positions, size):
     if cu_seqlens is None and state_positions is None:
         return _Dense(x, size)
     if cu_seqlens is None:
-        cu_seqlens = torch.tensor([0, x.shape[1]], device=x.device)
+        cu_seqlens = _one_sequence(x)
     return _Packed(x, size, cu_seqlens, state_positions)
+
+
+def _rows(t, count):
+    """The batch rows of a tensor, or of None."""
+    return [None] * count if t is None else t.split(1)
+
+
+def _one_sequence(x):
+    return torch.arange(2, device=x.device) * x.shape[1]
 
 
 def _entry(initial_states, rows, heads, p, n, like, acc):
@@ -296,12 +305,24 @@ def ssd_forward(
     dt_max: float,
     chunk_size: int = CHUNK,
     round_operands: bool = False,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Chunked scan. Returns y in x's dtype and, in fp32 (fp64), final states and states at positions.
 
     A requested position's state is the one right after that many packed tokens: the state of the sequence that
     holds the token before it. Position 0 gives the first sequence's initial state.
     """
+    if batch_invariant and cu_seqlens is None and x.shape[0]:
+        # A matrix product's bits depend on its shape: one row a call, in the packed form, which pads the last chunk.
+        rows = zip(*(_rows(t, x.shape[0]) for t in (x, dt, B, C, z, initial_states)), strict=True)
+        options = (dt_softplus, dt_min, dt_max, chunk_size, round_operands)
+        outs = [
+            ssd_forward(
+                r, s, A, b, c, D, g, dt_bias, i, _one_sequence(x), state_positions, *options
+            )
+            for r, s, b, c, g, i in rows
+        ]
+        return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
     acc, low, A, skip, bias = _prepare(x, A, D, dt_bias, round_operands)
     heads, p, n = x.shape[2], x.shape[3], B.shape[3]
     cut = _cut(x, cu_seqlens, state_positions, CHUNK)

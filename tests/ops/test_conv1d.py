@@ -153,6 +153,12 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.tigon.causal_conv1d_update.default, args)
 
 
+def test_a_step_that_wants_a_gradient_is_refused():
+    x, weight = torch.zeros(2, 6), torch.zeros(6, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="causal_conv1d_update: weight requires a gradient"):
+        tigon.causal_conv1d_update(x, torch.zeros(2, 6, 3), weight)
+
+
 X, W = torch.zeros(2, 9, 6), torch.zeros(6, 4)
 REFUSED = {
     "x dimensions": ((X[0], W), {}, ValueError, r"x has shape \(9, 6\), expected \(b, l, d\)"),

@@ -207,6 +207,15 @@ def test_prefill_in_pieces_then_token_by_token_equals_one_scan(pieces):
     torch.testing.assert_close(state, final)
 
 
+def test_an_input_that_wants_a_gradient_is_refused():
+    inputs = make()
+    inputs["B"].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"ssd_update: B requires a gradient .* use ssd_scan"):
+        update(inputs)
+    with torch.no_grad():
+        update(inputs)
+
+
 REFUSED = {
     "state shape": ({"state": torch.zeros(3, 4, 5, 7)}, ValueError, "state has shape"),
     "state strides": ({"state": torch.zeros(3, 4, 6, 5).transpose(2, 3)}, ValueError, "must be contiguous"),
