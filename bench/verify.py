@@ -68,8 +68,10 @@ def results(
 
 def oracle(work: Workload, backward: bool) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
     """(results in fp64, output gradients, which are exact in the work's dtype)."""
-    _, grads = results(work, backward)
-    return results(work.widened(), backward, grads=tuple(g.double() for g in grads))[0], grads
+    with tigon.backend("reference"):
+        _, grads = results(work, backward)
+        wide = tuple(g.double() for g in grads)
+        return results(work.widened(), backward, grads=wide)[0], grads
 
 
 def baseline(work: Workload, backward: bool, grads: tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -50,10 +50,11 @@ def sizes_of(
 def add_case(parser: argparse.ArgumentParser, every: bool = False) -> None:
     """OP, --shape, --dtype, --seed. every: "all" is an op too, and several may be named."""
     names = tuple(PUBLIC)
+    known = f"{', '.join(names)}{', or all' if every else ''}"
     if every:
-        parser.add_argument("op", nargs="+", choices=(*names, "all"), metavar="OP")
+        parser.add_argument("op", nargs="+", choices=(*names, "all"), metavar="OP", help=known)
     else:
-        parser.add_argument("op", choices=names, metavar="OP")
+        parser.add_argument("op", choices=names, metavar="OP", help=known)
     parser.add_argument(
         "--shape", type=shape, default={}, help="sizes by the API's letters: h=128,l=4k"
     )
