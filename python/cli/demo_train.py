@@ -10,7 +10,9 @@ from torch import Tensor
 
 from tigon.models import HybridLM
 
-BATCH, LENGTH = 8, 256
+# After 200 kB of text, bits per byte on the held-out part: 2.70 with batches of 8 windows, 2.53 with 4, 2.43 with 2.
+# A peak of 8e-3 in place of 4e-3: 2.48.
+BATCH, LENGTH = 2, 256
 PEAK, WARMUP = 4e-3, 0.05
 WEIGHT_DECAY = 0.1
 

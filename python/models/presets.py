@@ -104,7 +104,7 @@ PRESETS: dict[str, HybridConfig] = {
     ),
     # A whole hybrid that learns from bytes within a minute and a half on two CPU cores.
     "tiny": HybridConfig(
-        pattern="M-*M-",
+        pattern="MM*-",
         vocab_size=256,
         hidden_size=128,
         num_attention_heads=4,
