@@ -175,25 +175,33 @@ class SweepConfig:
 
 
 def plan_ssd_scan_backward(
-    arch: int,
-    *,
-    b: int,
-    l: int,
-    h: int,
-    g: int,
-    p: int,
-    n: int,
-    itemsize: int,
-    sms: int | None = None,
-    **_: int,
-) -> dict[str, SweepConfig]:
-    """One config for the sweep and the walks, which share chunks."""
-    q = 32 if arch in (80, 120) else 64
-    return {
-        "sweep": SweepConfig(
-            q, 16, 64, 2 * (sms or SMS[arch]), nq=arch == 90, stages=2 if arch == 100 else 1
-        )
-    }
+    arch: int, *, h: int, g: int, p: int, n: int, itemsize: int, sms: int | None = None, **_: int
+) -> dict[str, SweepConfig]:  # fmt: skip
+    """One config for the sweep and the walks, which share chunks.
+
+    A sweep keeps dB and dC (q, n) and the tiles of one head in registers. At p 64, n 128 without spills: sm_90 255
+    registers, 88 KB; sm_100 255 (219 with 1 stage), 152 KB; sm_80 255, 44 KB; sm_120 254, 46 KB. Where states
+    are wider sm_90 has no clean row at q 64 (p 128 spills 72 bytes at best, n 256 200) and takes that of mma.sync;
+    so does sm_100 at p and n 256 (456 bytes). fp32: tf32x3 spills 880 bytes even at q 16, IEEE products none.
+    """
+    block_n = power_of_two(n)
+    wide = block_n > 128
+    walks = 2 * (sms or SMS[arch])
+    heads = min(16, h // g)
+    if itemsize == 4:
+        row = SweepConfig(16, heads, 16, walks, hoist=True, stages=2, precision="ieee")
+    elif arch == 100 and not (wide and p > 64):
+        row = SweepConfig(64, heads, 64, walks, stages=1 if wide else 2)
+    elif arch == 90 and p <= 64 and not wide:
+        row = SweepConfig(64, heads, 64, walks, nq=True)
+    elif wide:
+        row = SweepConfig(16, heads, 32, walks, hoist=True, walk_stages=1)
+    elif block_n == 16:
+        row = SweepConfig(32, heads, 32, walks)
+    else:
+        block_p = 64 if arch == 80 and p <= 64 else 32
+        row = SweepConfig(32, heads, block_p, walks, hoist=True, stages=2 if arch == 120 else 1)
+    return {"sweep": row}
 
 
 @dataclass(frozen=True)

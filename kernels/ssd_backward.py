@@ -1,6 +1,28 @@
 """Mamba-2 (SSD) scan, backward: every gradient from the inputs alone.
 
-DOCSTRING
+Per chunk of q tokens and head, with R the entry state, dR' the gradient of the exit state, cs the running sum of
+A dt' inside the chunk, dy already multiplied by silu(z), and L[l,s] = exp(cs_l - cs_s) for s <= l:
+
+    CB = C B^T    G[l,s] = dy_l . x_s    M = CB L dt'_s    dCB = sum over the group's heads of L G dt'_s
+    dx_s = sum_l M[l,s] dy_l + dt'_s exp(cs_last - cs_s) dR' B_s + D dy_s
+    dC_l = sum_s dCB[l,s] B_s + sum over heads of exp(cs_l) R^T dy_l
+    dB_s = sum_l dCB[l,s] C_l + sum over heads of dt'_s exp(cs_last - cs_s) dR'^T x_s
+
+and per token what `ssd_backward_steps` turns into ddt, dA and ddt_bias. Shapes: dy, x, z (b,l,h,p); dt (b,l,h);
+A, dt_bias (h); B, C (b,l,g,n); D (h) or (h,p); states (b or s,h,p,n). Sums, states in registers and exponents are
+fp32; products take operands of x's dtype.
+
+Kernels, in order: [`gate`, `skip`] `prepare` (dt', cs, CB), `walk` twice (R and dR' of every chunk), `sweep` (the
+above), `finish`. The sweep is parallel over chunks and loops over a group's heads, so that dB and dC stay in
+registers until they are whole, and the products with CB and dCB are done once a group. More than 16 heads go in
+parts, whose fp32 planes are summed in a fixed order. With z, y before the gate comes from the forward kernels.
+
+KB a token at h 128, p 64, n 128, g 8, q 64, bf16 without z: prepare 7, walks 2 x 52 (x or dy, and states 33), sweep
+128 (x, dy 33, states 66, dx 16), finish 3: 243, of which states 131. Where b h does not fill the device the walks
+read their inputs twice: 41 more. The minimum is 76, mamba_ssm moves about 375. 14.7 MFLOP a token (mamba_ssm
+18.4). A walk with dS in registers would save one trip of dR' (66) but has to add dB and dC of every head to memory
+(262 KB of L2), has its products in series, and computes CB, dCB B and dCB^T C once a head (22 MFLOP). q 32 doubles
+the states: 374. States at every second chunk would save 66, but recomputing the other one in the sweep spills.
 """
 
 import torch
@@ -267,7 +289,7 @@ def ssd_backward(
             )
         prepare[(chunks.count * g,)](
             *step, B, C, steps, CB, *chunks.table, *dt.stride(), *pitch(B), *pitch(C), dt_min, dt_max,
-            GROUPS=g, N=n, BLOCK_N=tiles["BLOCK_N"], PRECISION=config.precision, **steps_of,
+            GROUPS=g, N=n, BLOCK_N=tiles["BLOCK_N"], PRECISION=config.precision, num_warps=config.warps, **steps_of,
         )  # fmt: skip
         states = (config, chunks, tiles)
         entry = chunk_states(*states, False, x, B, A, steps, initial_states)

@@ -89,7 +89,7 @@ def walk(
                 edge = edge_ptr + sequence * edge_s + first_element
                 S += tl.load(edge + theirs, mask=mask, other=0.0)
         if inject_ptr is not None:
-            for j in range(tl.load(inject_offset + chunk), tl.load(inject_offset + chunk + 1)):
+            for j in range(tl.load(inject_offset + chunk), tl.load(inject_offset + (chunk + 1))):
                 source = inject_ptr + tl.load(inject_order + j) * inject_s + first_element
                 S += tl.load(source + theirs, mask=mask, other=0.0)
         if STORE:

@@ -59,6 +59,35 @@ def ssd_forward(
     return call
 
 
+def ssd_backward(p: int, n: int, b=1, l=8192, h=128, g=8, z=False, D="h", packed=False):
+    """As autograd calls it for `ssd_forward`, with gradients of every output."""
+
+    def call(dtype):
+        x, B, C = meta(b, l, h * p + 2 * g * n, dtype=dtype).split([h * p, g * n, g * n], -1)
+        B, C = (t.unflatten(-1, (g, n)) for t in (B, C))
+        rows = 4 if packed else b
+        cu = meta(5, dtype=torch.int32) if packed else None
+        positions = meta(3, dtype=torch.int64) if packed else None
+        grads = (
+            meta(b, l, h, p, dtype=dtype),
+            meta(rows, h, p, n),
+            meta(3, h, p, n) if packed else None,
+        )
+        skip = {"h": meta(h), "hp": meta(h, p), None: None}[D]
+        gate = meta(b, l, h, p, dtype=dtype) if z else None
+        args = (x.unflatten(-1, (h, p)), meta(b, l, h, dtype=dtype), meta(h), B, C, skip, gate)
+        rest = (meta(h), meta(rows, h, p, n), cu, positions, True, 0.0, float("inf"))
+
+        def launch():
+            from tigon.kernels.ssd_backward import ssd_backward
+
+            ssd_backward(*grads, *args, *rest)
+
+        return launch
+
+    return call
+
+
 def causal_conv1d(d: int, width: int, backward: bool, states: bool):
     """As a Mamba-2 layer calls it: x is a slice of one projection, weight and bias are fp32."""
 
@@ -110,6 +139,11 @@ CASES = [
     Case("ssd_forward p64 n256", ssd_forward(64, 256), (HALF, WIDE)),
     Case("ssd_forward p128 n64", ssd_forward(128, 64)),
     Case("ssd_forward p3 n17", ssd_forward(3, 17, z=True), (HALF, WIDE), native=False),
+    Case("ssd_backward p64 n128", ssd_backward(64, 128), (HALF, WIDE)),
+    Case("ssd_backward p64 n128 z packed", ssd_backward(64, 128, z=True, D="hp", packed=True)),
+    Case("ssd_backward p128 n128", ssd_backward(128, 128), native=False),
+    Case("ssd_backward p64 n256", ssd_backward(64, 256), native=False),
+    Case("ssd_backward p3 n17", ssd_backward(3, 17, g=1, D=None), native=False),
     *(
         Case(
             f"causal_conv1d {way} d{d} width{width}{' states' * states}",
