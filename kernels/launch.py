@@ -175,9 +175,10 @@ class SweepConfig:
 
 
 def plan_ssd_scan_backward(
-    arch: int, *, h: int, g: int, p: int, n: int, itemsize: int, sms: int | None = None, **_: int
+    arch: int, *, h: int, g: int, p: int, n: int, itemsize: int, sms: int | None = None,
+    batch_invariant: bool = False, **_: int,
 ) -> dict[str, SweepConfig]:  # fmt: skip
-    """One config for the sweep and the walks, which share chunks.
+    """One config for the sweep and the walks, which share chunks. Batch-invariant: one walk a batch row.
 
     A sweep keeps dB and dC (q, n) and the tiles of one head in registers. At p 64, n 128 without spills: sm_90 255
     registers, 88 KB; sm_100 255 (219 with 1 stage), 152 KB; sm_80 255, 44 KB; sm_120 254, 46 KB. Where states
@@ -186,7 +187,7 @@ def plan_ssd_scan_backward(
     """
     block_n = power_of_two(n)
     wide = block_n > 128
-    walks = 2 * (sms or SMS[arch])
+    walks = 1 if batch_invariant else 2 * (sms or SMS[arch])
     heads = min(16, h // g)
     if itemsize == 4:
         row = SweepConfig(16, heads, 16, walks, hoist=True, stages=2, precision="ieee")

@@ -221,6 +221,7 @@ def ssd_backward(
     dt_min: float,
     dt_max: float,
     chunk_size: int = 0,
+    batch_invariant: bool = False,
     config: launch.SweepConfig | None = None,
 ) -> tuple[Tensor | None, ...]:
     """(dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial), each in its input's dtype; None for what was None.
@@ -234,6 +235,7 @@ def ssd_backward(
     if config is None:
         arch, sms = launch.target(x.device)
         sizes = {"b": b, "l": l, "h": h, "g": g, "p": p, "n": n, "sms": sms}
+        sizes["batch_invariant"] = batch_invariant
         plan = launch.plan("ssd_scan_backward", arch, itemsize=x.element_size(), **sizes)
         config = plan["sweep"]
     dy = dy.contiguous()
@@ -277,7 +279,8 @@ def ssd_backward(
         if z is not None:
             grad, block = torch.empty_like(dy), 1024
             dz, _, _ = ssd_forward(
-                x, dt, A, B, C, D, None, dt_bias, initial_states, cu_seqlens, None, dt_softplus, dt_min, dt_max
+                x, dt, A, B, C, D, None, dt_bias, initial_states, cu_seqlens, None, dt_softplus, dt_min, dt_max,
+                batch_invariant=batch_invariant,
             )  # fmt: skip
             gate[(b * l * -(-h * p // block),)](
                 dy, z, grad, dz, l, *pitch(z), WIDTH=h * p, BLOCK=block, UPCAST=INTERPRETED

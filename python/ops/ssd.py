@@ -42,7 +42,8 @@ def _scan_fake(x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, positions, *r
 
 
 def _scan_backward(dy, dfinal, dstates, x, *rest):
-    grads = run("ssd_scan_backward", x, dy, dfinal, dstates, x, *rest)
+    invariant = is_batch_invariant()
+    grads = run("ssd_scan_backward", x, dy, dfinal, dstates, x, *rest, batch_invariant=invariant)
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 

@@ -198,6 +198,13 @@ def _rows(t, count):
     return [None] * count if t is None else t.split(1)
 
 
+def _joined(i, parts):
+    """Gradient number i of `ssd_backward` from those of each row: A, D and dt_bias serve all rows."""
+    if parts[0] is None:
+        return None
+    return sum(parts) if i in (2, 5, 7) else torch.cat(parts)
+
+
 def _one_sequence(x):
     return torch.arange(2, device=x.device) * x.shape[1]
 
@@ -373,6 +380,7 @@ def ssd_backward(
     dt_max: float,
     chunk_size: int = CHUNK,
     round_operands: bool = False,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `ssd_forward`: (dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial), each in its input's dtype.
 
@@ -383,6 +391,16 @@ def ssd_backward(
         da_t = sum_{l >= t > s} W[l,s]  +  sum_{l >= t} exp(cs_l) dy_l.(R C_l)
              + sum_{s < t} v_s  +  exp(cs_last) <R, dR'>
     """
+    if batch_invariant and cu_seqlens is None and x.shape[0]:
+        options = (dt_softplus, dt_min, dt_max, chunk_size, round_operands)
+        batched = (dy, dfinal, x, dt, B, C, z, initial_states)
+        rows = zip(*(_rows(t, x.shape[0]) for t in batched), strict=True)
+        sequence = (_one_sequence(x), state_positions)
+        outs = [
+            ssd_backward(y, f, dstates, r, s, A, b, c, D, g, dt_bias, i, *sequence, *options)
+            for y, f, r, s, b, c, g, i in rows
+        ]
+        return tuple(_joined(i, parts) for i, parts in enumerate(zip(*outs, strict=True)))
     acc, low, A_acc, skip, bias = _prepare(x, A, D, dt_bias, round_operands)
     heads, p, n = x.shape[2], x.shape[3], B.shape[3]
     cut = _cut(x, cu_seqlens, state_positions, CHUNK)

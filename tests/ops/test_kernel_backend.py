@@ -70,6 +70,24 @@ def test_ssd_scan(device):
     close(both(scan, [draw(*shape) for shape in shapes]))
 
 
+def test_batch_invariant_mode_reaches_the_scans_kernels(device):
+    draw = lambda *shape: torch.randn(*shape, device=device) / 4  # noqa: E731
+    x, dt, B, C = draw(2, 40, 2, 16), draw(2, 40, 2), draw(2, 40, 1, 16), draw(2, 40, 1, 16)
+    A = -torch.rand(2, device=device)
+
+    def run(rows):
+        leaves = [t[rows].detach().requires_grad_() for t in (x, dt, B, C)]
+        y, final = tigon.ssd_scan(
+            *leaves[:2], A, *leaves[2:], dt_softplus=True, return_final_states=True
+        )
+        return (y, final, *torch.autograd.grad((y * y).sum() + final.sum(), leaves))
+
+    with tigon.batch_invariant():
+        together, parts = run(slice(0, 2)), [run(slice(i, i + 1)) for i in range(2)]
+    for t, *rows in zip(together, *parts, strict=True):
+        assert torch.equal(t, torch.cat(rows))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_causal_conv1d(device, packed):
     draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731

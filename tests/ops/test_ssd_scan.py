@@ -302,14 +302,29 @@ def test_double_backward_raises():
 
 
 def test_a_row_does_not_depend_on_its_batch_mates_in_batch_invariant_mode():
-    inputs = make(b=3, l=90, dtype=torch.float32, D="h", z=True)
+    inputs = make(b=3, l=90, dtype=torch.float32, D="h", z=True, initial=True)
+    dy = torch.randn_like(inputs["x"])
+
+    def run(inputs, dy):
+        leaves = {
+            k: t.detach().requires_grad_()
+            for k, t in inputs.items()
+            if k in TENSORS and t is not None
+        }
+        y, final = scan(inputs | leaves)
+        return y, final, torch.autograd.grad((y * dy).sum() + final.sum(), list(leaves.values()))
+
+    def row(t, i):
+        return t[i : i + 1] if t is not None and t.dim() > 2 else t
+
     with tigon.batch_invariant():
-        together = scan(inputs)[0]
-        for i in range(3):
-            row = {
-                k: t[i : i + 1] if t is not None and t.dim() > 2 else t for k, t in inputs.items()
-            }
-            assert torch.equal(scan(row)[0], together[i : i + 1])
+        y, final, grads = run(inputs, dy)
+        alone = [run({k: row(t, i) for k, t in inputs.items()}, dy[i : i + 1]) for i in range(3)]
+    assert torch.equal(y, torch.cat([r[0] for r in alone]))
+    assert torch.equal(final, torch.cat([r[1] for r in alone]))
+    for g, *rows in zip(grads, *(r[2] for r in alone), strict=True):
+        together = torch.cat(rows) if g.dim() > 2 else sum(rows)
+        assert torch.equal(g, together)
 
 
 def test_repeated_runs_are_bit_identical():
