@@ -87,7 +87,7 @@ def walk(
             S = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
             if edge_ptr is not None:
                 edge = edge_ptr + sequence * edge_s + first_element
-                S += tl.load(edge + theirs, mask=mask, other=0.0)
+                S += tl.load(edge + theirs, mask=mask, other=0.0).to(tl.float32)
         if inject_ptr is not None:
             for j in range(tl.load(inject_offset + chunk), tl.load(inject_offset + (chunk + 1))):
                 source = inject_ptr + tl.load(inject_order + j) * inject_s + first_element

@@ -217,11 +217,12 @@ def walk(
         S = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if first:
         if initial_ptr is not None:
-            entry = initial_ptr + sequence * initial_s + head * (P * N)
-            S = tl.load(entry + offset, mask=mask, other=0.0).to(tl.float32)
+            initial = initial_ptr + sequence * initial_s + head * (P * N)
+            S = tl.load(initial + offset, mask=mask, other=0.0).to(tl.float32)
     elif exits_ptr is not None:
-        entry = exits_ptr + ((row - 1) * heads + head) * (P * N)
-        S = tl.load(entry + offset, mask=mask, other=0.0)
+        # A name of its own: Triton refuses one variable that is a pointer to bf16 here and to fp32 there.
+        before = exits_ptr + ((row - 1) * heads + head) * (P * N)
+        S = tl.load(before + offset, mask=mask, other=0.0)
 
     A = load_head(A_ptr, head)
     limit = decay_limit(A)

@@ -38,6 +38,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from tigon.kernels import launch  # noqa: E402
 
 TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",

@@ -31,9 +31,11 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def ssd_forward(
-    p: int, n: int, b=1, l=8192, h=128, g=8, z=False, D="h", packed=False, unaligned=False
-):
-    """As a Mamba-2 layer calls it: x, B, C are slices of one projection, A, D and dt_bias are fp32."""
+    p: int, n: int, b=1, l=8192, h=128, g=8, z=False, D="h", packed=False, unaligned=False, initial=WIDE,
+):  # fmt: skip
+    """As a Mamba-2 layer calls it: x, B, C are slices of one projection, A, D and dt_bias are fp32.
+
+    initial: dtype of the initial states, which may be any."""
 
     def call(dtype):
         width = h * p + 2 * g * n + int(unaligned)
@@ -45,9 +47,9 @@ def ssd_forward(
         positions = meta(3, dtype=torch.int64) if packed else None
         skip = {"h": meta(h), "hp": meta(h, p), None: None}[D]
         gate = meta(b, l, h, p, dtype=dtype) if z else None
-        initial = meta(4 if packed else b, h, p, n)
+        states = meta(4 if packed else b, h, p, n, dtype=initial)
         args = (x.unflatten(-1, (h, p)), meta(b, l, h, dtype=dtype), meta(h), B, C, skip, gate)
-        rest = (meta(h), initial, cu, positions, True, 0.0, float("inf"))
+        rest = (meta(h), states, cu, positions, True, 0.0, float("inf"))
 
         def launch():
             from tigon.kernels.ssd_forward import ssd_forward
@@ -59,7 +61,9 @@ def ssd_forward(
     return call
 
 
-def ssd_backward(p: int, n: int, b=1, l=8192, h=128, g=8, z=False, D="h", packed=False):
+def ssd_backward(
+    p: int, n: int, b=1, l=8192, h=128, g=8, z=False, D="h", packed=False, initial=WIDE
+):
     """As autograd calls it for `ssd_forward`, with gradients of every output."""
 
     def call(dtype):
@@ -76,7 +80,7 @@ def ssd_backward(p: int, n: int, b=1, l=8192, h=128, g=8, z=False, D="h", packed
         skip = {"h": meta(h), "hp": meta(h, p), None: None}[D]
         gate = meta(b, l, h, p, dtype=dtype) if z else None
         args = (x.unflatten(-1, (h, p)), meta(b, l, h, dtype=dtype), meta(h), B, C, skip, gate)
-        rest = (meta(h), meta(rows, h, p, n), cu, positions, True, 0.0, float("inf"))
+        rest = (meta(h), meta(rows, h, p, n, dtype=initial), cu, positions, True, 0.0, float("inf"))
 
         def launch():
             from tigon.kernels.ssd_backward import ssd_backward
@@ -133,7 +137,7 @@ def gated_norm(d: int, size: int, backward: bool, gate: bool = True, last: bool 
 CASES = [
     Case("ssd_forward p64 n128", ssd_forward(64, 128), (HALF, WIDE)),
     Case("ssd_forward p64 n128 z", ssd_forward(64, 128, z=True, D="hp")),
-    Case("ssd_forward p64 n128 packed", ssd_forward(64, 128, packed=True)),
+    Case("ssd_forward p64 n128 packed", ssd_forward(64, 128, packed=True, initial=HALF)),
     Case("ssd_forward p64 n128 unaligned", ssd_forward(64, 128, unaligned=True, z=True)),
     Case("ssd_forward p80 n128", ssd_forward(80, 128, h=112)),
     Case("ssd_forward p64 n256", ssd_forward(64, 256), (HALF, WIDE)),
@@ -143,7 +147,11 @@ CASES = [
     Case("ssd_backward p64 n128 z packed", ssd_backward(64, 128, z=True, D="hp", packed=True)),
     Case("ssd_backward p128 n128", ssd_backward(128, 128), native=False),
     Case("ssd_backward p64 n256", ssd_backward(64, 256), native=False),
-    Case("ssd_backward p3 n17", ssd_backward(3, 17, g=1, D=None), native=False),
+    Case(
+        "ssd_backward p3 n17",
+        ssd_backward(3, 17, g=1, D=None, initial=torch.float64),
+        native=False,
+    ),
     *(
         Case(
             f"causal_conv1d {way} d{d} width{width}{' states' * states}",
