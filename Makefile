@@ -16,6 +16,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.tigon-ready
 NATIVE := CMakeLists.txt $(wildcard csrc/* csrc/*/*) $(wildcard build_tools/*) setup.py
 CPP := $(wildcard csrc/*.c* csrc/*/*.c* tests/csrc/*.c* tests/csrc/*.h*)
+# Second opinions, their CUDA parts left out. In a folder of their own, where transformers does not see them.
+PEERS := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
+  CAUSAL_CONV1D_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 PARALLEL := -n $(WORKERS) --dist loadgroup
 
@@ -40,6 +43,9 @@ else
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make $(VENV): on Debian, apt install python3-venv"; exit 1; }
 	@echo "Installing torch, triton, the test tools and Tigon into $(VENV): minutes the first time."
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PEERS) $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps \
+	  --target $(VENV)/peers -c constraints.txt mamba-ssm causal-conv1d \
+	  || echo "env: mamba-ssm and causal-conv1d cannot be installed; the tests against them are skipped"
 endif
 	@$(BIN)/tigon doctor
 	@touch $@

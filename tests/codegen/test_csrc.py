@@ -27,9 +27,10 @@ def cuobjdump() -> str | None:
 @pytest.fixture(scope="module", params=ARCHS)
 def compiled(request):
     """source stem -> (cubin, what ptxas said), compiled as CMakeLists.txt does for this architecture."""
-    nvcc = shutil.which("nvcc")
+    wheels = (Path(folder) / "nvidia/cu13/bin/nvcc" for folder in sys.path)
+    nvcc = shutil.which("nvcc") or next(filter(Path.is_file, wheels), None)
     if nvcc is None:
-        pytest.skip("no nvcc on PATH: pip install nvidia-cuda-nvcc==13.0.* or a CUDA toolkit")
+        pytest.skip("no nvcc: pip install 'tigon[dev]', or a CUDA toolkit")
     arch = request.param
     version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
@@ -92,6 +93,10 @@ def nvrtc() -> ctypes.CDLL | None:
     homes = [native.cuda_headers().parent] if native.cuda_headers() else []
     for folder in (*wheels, *homes):
         for library in sorted(folder.rglob("libnvrtc.so*"), reverse=True):
+            for builtins in library.parent.glob("libnvrtc-builtins.so*"):
+                ctypes.CDLL(
+                    str(builtins)
+                )  # it looks for them by name, and a wheel's folder is not searched
             return ctypes.CDLL(str(library))
     return None
 
@@ -109,7 +114,7 @@ def test_nvrtc_compiles_the_instance_that_is_named(plan, arch):
     """As CuPy does at run time: same text, same name; no GPU is needed for that."""
     library, headers = nvrtc(), native.cuda_headers()
     if library is None or headers is None:
-        pytest.skip("no NVRTC or no CUDA headers: pip install 'cupy-cuda13x[ctk]'")
+        pytest.skip("no NVRTC or no CUDA headers: pip install 'tigon[dev]'")
     program, lowered = ctypes.c_void_p(), ctypes.c_char_p()
     text = (native.sources() / plan.source).read_bytes()
     library.nvrtcCreateProgram(ctypes.byref(program), text, plan.source.encode(), 0, None, None)

@@ -1,11 +1,11 @@
 """tigon.integrations.mamba_ssm: upstream's names and signatures, packed batches, refusals.
 
 Oracles: Tigon's own fp64 recurrence, a sequence at a time; and, where installed, the pure-torch references of the
-packages themselves. Those build without a GPU:
+packages themselves. `make env` builds those without CUDA into a folder of their own:
 
     export MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE
     export CAUSAL_CONV1D_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE
-    pip install --no-build-isolation --no-deps mamba-ssm causal-conv1d
+    pip install --no-build-isolation --no-deps --target .venv/peers mamba-ssm causal-conv1d
 """
 
 import importlib
@@ -13,6 +13,7 @@ import inspect
 import sys
 import types
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,18 +31,37 @@ RUNS = [(0, 0, 3), (0, 3, 4), (0, 4, 6), (0, 7, 11), (1, 2, 7), (1, 7, 8)]
 FIRST, LAST = (0, 4), (3, 5)  # of each row, in RUNS
 
 
-def upstream(name):
-    """A module of mamba_ssm or causal_conv1d, with stand-ins for the CUDA extensions that its import asks for."""
-    stubs = [s for s in ("selective_scan_cuda", "causal_conv1d_cuda") if s not in sys.modules]
-    for stub in stubs:
+PEERS = Path(sys.prefix) / "peers"  # where `make env` puts the two packages
+
+
+LEFT = {}  # modules of the two packages, kept between tests: their ops can be registered once only
+
+
+@pytest.fixture
+def upstream():
+    """Imports a module of mamba_ssm or causal_conv1d, with stand-ins for the CUDA extensions that they ask for.
+
+    After the test nothing of them is to be found: transformers looks for these packages and would take them.
+    """
+    before = set(sys.modules)
+    sys.modules.update(LEFT)
+    for stub in {"selective_scan_cuda", "causal_conv1d_cuda"} - set(sys.modules):
         sys.modules[stub] = types.ModuleType(stub)
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        pytest.skip(f"{name}: {error}; the top of this file says how to install it without a GPU")
-    finally:
-        for stub in stubs:
-            sys.modules.pop(stub)
+    sys.path.append(str(PEERS))
+
+    def find(name):
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            pytest.skip(
+                f"{name}: {error}; the top of this file says how to install it without a GPU"
+            )
+
+    yield find
+    sys.path.remove(str(PEERS))
+    for module in set(sys.modules) - before:
+        if module.startswith(("mamba_ssm", "causal_conv1d", "selective_scan_cuda")):
+            LEFT[module] = sys.modules.pop(module)
 
 
 def inputs(b=2, l=11, dtype=torch.float64):
@@ -484,7 +504,7 @@ UPSTREAM = {
 
 
 @pytest.mark.parametrize("module", UPSTREAM)
-def test_signatures_are_upstreams(module):
+def test_signatures_are_upstreams(module, upstream):
     theirs = upstream(module)
     for name in UPSTREAM[module]:
         want = inspect.signature(getattr(theirs, name)).parameters.values()
@@ -498,7 +518,7 @@ def test_signatures_are_upstreams(module):
 
 
 @pytest.mark.parametrize("limit", [(0.0, INF), LIMIT])
-def test_scan_agrees_with_mamba_ssm(limit, monkeypatch):
+def test_scan_agrees_with_mamba_ssm(limit, monkeypatch, upstream):
     theirs = upstream("mamba_ssm.ops.triton.ssd_combined")
     selective = upstream("mamba_ssm.ops.selective_scan_interface")
     monkeypatch.setattr(selective, "selective_scan_fn", selective.selective_scan_ref)
@@ -507,7 +527,7 @@ def test_scan_agrees_with_mamba_ssm(limit, monkeypatch):
     compare((scan(t, dt_limit=limit),), (want,), list(t.values()), atol=2e-4)
 
 
-def test_layer_agrees_with_mamba_ssm(monkeypatch):
+def test_layer_agrees_with_mamba_ssm(monkeypatch, upstream):
     theirs = upstream("mamba_ssm.ops.triton.ssd_combined")
     selective = upstream("mamba_ssm.ops.selective_scan_interface")
     norms = upstream("mamba_ssm.ops.triton.layernorm_gated")
@@ -533,7 +553,7 @@ def test_layer_agrees_with_mamba_ssm(monkeypatch):
     compare((got,), (want,), list(t.values()), atol=5e-4)
 
 
-def test_decode_step_agrees_with_mamba_ssm():
+def test_decode_step_agrees_with_mamba_ssm(upstream):
     theirs = upstream("mamba_ssm.ops.triton.selective_state_update")
     t, other = step_inputs(), None
     other = t | {"state": t["state"].clone()}
@@ -544,7 +564,7 @@ def test_decode_step_agrees_with_mamba_ssm():
 
 @pytest.mark.parametrize("initial", [False, True])
 @pytest.mark.parametrize("ids", [False, True])
-def test_convolution_agrees_with_causal_conv1d(ids, initial):
+def test_convolution_agrees_with_causal_conv1d(ids, initial, upstream):
     theirs = upstream("causal_conv1d.causal_conv1d_interface")
     x, w, b = torch.randn(2, 6, 11), torch.randn(6, 3), torch.randn(6)
     # A run here, an equal id within a window there: the same where an id does not come back so soon.
@@ -555,7 +575,7 @@ def test_convolution_agrees_with_causal_conv1d(ids, initial):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_convolution_step_agrees_with_causal_conv1d():
+def test_convolution_step_agrees_with_causal_conv1d(upstream):
     theirs = upstream("causal_conv1d.causal_conv1d_interface")
     varlen = upstream("causal_conv1d.causal_conv1d_varlen")
     x, w, b, state = torch.randn(2, 6, 3), torch.randn(6, 3), torch.randn(6), torch.randn(2, 6, 4)

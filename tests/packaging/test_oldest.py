@@ -13,7 +13,7 @@ from installs import ROOT, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("oldest")]
 OLDEST = ("triton==3.6.0", "numpy==2.3.*" if sys.version_info >= (3, 11) else "numpy==2.2.*")
-SPILLS = {"ssd_forward p64 n128 unaligned/90", "ssd_forward p64 n256/90"}
+SPILLS = {"ssd_forward p64 n128 unaligned/90", "ssd_backward p64 n128/90"}
 
 IMPORT_ALL = """
 import importlib, pkgutil, tigon, triton, numpy
