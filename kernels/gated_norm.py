@@ -122,7 +122,8 @@ def gated_norm_backward(
             )  # fmt: skip
             square += tl.sum(u * u, 1)
             along += tl.sum((dy * gate if GATE_LAST else dy) * weight * u, 1)
-        r = tl.rsqrt(square / SIZE + eps)
+        # With eps 0 a row past the end would bring 0 * inf into dweight.
+        r = tl.where(row < rows, tl.rsqrt(square / SIZE + eps), 0.0)
         shrink = (along / SIZE * r * r)[:, None]
         r = r[:, None]
         summed = ()

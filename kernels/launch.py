@@ -188,7 +188,7 @@ def plan_ssd_scan_backward(
     block_n = power_of_two(n)
     wide = block_n > 128
     walks = 1 if batch_invariant else 2 * (sms or SMS[arch])
-    heads = min(16, h // g)
+    heads = max(1, min(16, h // g))
     if itemsize == 4:
         row = SweepConfig(16, heads, 16, walks, hoist=True, stages=2, precision="ieee")
     elif arch == 100 and not (wide and p > 64):

@@ -98,10 +98,9 @@ def load_steps(steps_ptr, slot, Q: tl.constexpr):
 
 @triton.jit
 def load_raw(dt_ptr, bias_ptr, dt_t, dt_h, rows, heads, mask, HEADS: tl.constexpr):
-    """dt + bias (Q, heads) in fp32."""
-    raw = tl.load(dt_ptr + rows[:, None] * dt_t + heads[None, :] * dt_h, mask=mask, other=0.0).to(
-        tl.float32
-    )
+    """dt + bias (Q, heads) in fp32. dt may have any strides, so its offsets are 64 bits wide."""
+    place = rows.to(tl.int64)[:, None] * dt_t + heads.to(tl.int64)[None, :] * dt_h
+    raw = tl.load(dt_ptr + place, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         raw += tl.load(bias_ptr + heads, mask=heads < HEADS, other=0.0).to(tl.float32)[None, :]
     return raw

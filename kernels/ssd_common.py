@@ -129,7 +129,8 @@ def segment_bounds(row, starts, ends, sequences, offsets, length, size, per_sequ
         end = tl.load(ends + row)
         # The dummy sequence of unused rows has no entry after its offset; such rows own no token.
         used = end > start
-        first = row == tl.load(offsets + sequence)
+        # Row 0 whatever cu_seqlens holds: a row that is not the first takes what the row before it left.
+        first = (row == 0) | (row == tl.load(offsets + sequence))
         last = row + 1 == tl.load(offsets + (sequence + 1), mask=used, other=0)
         return row * 0, start, end, sequence, first, last
 

@@ -107,6 +107,13 @@ def test_a_row_does_not_depend_on_the_others(device):
         assert torch.equal(whole[row], alone)
 
 
+def test_rows_past_the_end_leave_dweight_alone_without_eps(device):
+    """Their mean square is 0: rsqrt gives inf, and 0 * inf is NaN."""
+    args, dy = make((5, 24), 1, "first", torch.float32, 0.0, False, device)
+    dweight = kernels.norm_backward(dy, *args)[2]
+    torch.testing.assert_close(dweight, reference.norm_backward(dy, *args)[2])
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
 def test_no_rows_give_no_gradient(shape, device):
     x, weight = torch.zeros(shape, device=device), torch.randn(8, device=device)

@@ -178,6 +178,37 @@ def test_no_tokens_pass_dfinal_through(device):
     assert got["dx"].shape == args[3].shape and not got["dA"].any() and not got["dD"].any()
 
 
+@pytest.mark.parametrize("size", ["b", "l", "h"])
+def test_an_empty_input_has_empty_gradients(size, device):
+    sizes = {"b": 1, "l": 4, "h": 2, size: 0}
+    shape = tuple(sizes.values())
+    x, dt = torch.randn(*shape, 16, device=device), torch.randn(*shape, device=device)
+    A, B = torch.randn(sizes["h"], device=device), torch.randn(*shape[:2], 1, 16, device=device)
+    args = (x, None, None, x, dt, A, B, B, A, x, A, None, None, None, True, 0.0, 1.0)
+    dx, ddt, dA, dB, dC, dD, dz, dbias, _ = ssd_backward(*args)
+    assert dx.shape == dz.shape == x.shape and ddt.shape == dt.shape
+    assert dB.shape == dC.shape == B.shape
+    for grad in (dA, dB, dC, dD, dbias):
+        assert not grad.any()
+
+
+def test_offsets_of_dt_past_two_to_the_31(device):
+    """dt with its heads 2^30 elements apart. Half the buffer lies before it: what would wrap stays inside."""
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 10 << 30:
+        pytest.skip("needs 9 GB of device memory")
+    args = list(make("dense", (3, 3), torch.float16, device, h=3))
+    near = args[4][:1].contiguous()
+    for i in (0, 1, 3, 6, 7, 11):
+        args[i] = args[i][:1]
+    far = torch.empty(2**32 + 21, dtype=torch.float16, device=device)
+    args[4] = far.as_strided((1, 21, 3), (0, 1, 2**30), 2**31)
+    args[4].copy_(near)
+    found = ssd_backward(*args, config=CUT)
+    args[4] = near
+    for got, want in zip(found, ssd_backward(*args, config=CUT)):
+        assert got is None or torch.equal(got, want)
+
+
 def test_nan_in_one_sequence_stays_there(device):
     """Sequences of a packed batch share walks; a NaN must not leak from one to the next."""
     args = list(make("packed", (16, 16), torch.float32, device))

@@ -1,5 +1,6 @@
 """The SSD forward kernels: in Triton's interpreter on a CPU, natively where there is a GPU."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -185,6 +186,31 @@ def test_slices_of_one_projection_in_poisoned_memory(tma, device, monkeypatch):
         assert rows_of(inputs[k]) is inputs[k]
     for got, want in zip(scan(inputs, tma=tma), expected):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "bounds", [[32, 35, 16, 7, 10], [15, 14, 24, -2, 21], [2**30, 3, 99, -7, 5]]
+)
+def test_wrong_bounds_never_leave_the_buffers(bounds, device, monkeypatch):
+    """Nobody looks at the values of cu_seqlens on a GPU. What a launcher allocates lies between NaN."""
+    empty, whole, margin = torch.empty, [], 2048  # more than the states of all heads
+
+    def between_nan(shape, dtype, device):
+        size = math.prod(shape)
+        whole.append(empty(size + 2 * margin, dtype=dtype, device=device).fill_(float("nan")))
+        return whole[-1][margin : margin + size].zero_().view(shape)
+
+    def allocate(shape, *, dtype, device):
+        make = between_nan if dtype.is_floating_point else empty
+        return make(shape, dtype=dtype, device=device)
+
+    inputs = make(device, cu=[0, 10, 20, 30, 40], initial=True)
+    inputs["cu_seqlens"].copy_(torch.tensor(bounds))
+    monkeypatch.setattr(kernels.torch, "empty", allocate)
+    outputs = scan(inputs, segment=16)
+    monkeypatch.undo()
+    assert all(t.isfinite().all() for t in outputs)
+    assert all(t[:margin].isnan().all() and t[-margin:].isnan().all() for t in whole)
 
 
 def aligned_slice(t):
