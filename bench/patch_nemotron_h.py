@@ -9,14 +9,17 @@ unpatched time no patch is faster than 1 / s. On a busy machine use --clock cpu:
 import argparse
 import contextlib
 import copy
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 
 import tigon
+from tigon.bench.environment import environment
 
 # Mamba layers with 64 heads of 64, 8 groups and state 128; one attention layer, since transformers cannot build the
 # masks of a cached NemotronH without one.
@@ -142,11 +145,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hidden_size", type=int, default=SHAPE["hidden_size"])
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args(argv)
     shape = SHAPE | {"hidden_size": args.hidden_size}
     print(f"NemotronH on the CPU, fp32, layers {', '.join(LAYERS)}, {shape}")
     print(f"batch {args.batch}, {torch.get_num_threads()} threads, {args.clock} clock")
-    for name, row in benchmark(**vars(args)).items():
+    options = {k: v for k, v in vars(args).items() if k != "json"}
+    found = benchmark(**options)
+    if args.json:
+        record = {"env": environment("cpu"), "options": options, "shape": shape, "results": found}
+        Path(args.json).write_text(json.dumps(record, indent=2) + "\n")
+    for name, row in found.items():
         each = args.tokens * args.batch if name == "prefill" else args.steps * args.batch
         bound = 1 / row["dense_unpatched"]
         print(

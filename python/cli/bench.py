@@ -83,6 +83,7 @@ def measure(op: str, sizes: dict[str, int], args, device: str, records: list) ->
     """Run one case, print its table, note its record."""
     import torch
 
+    from tigon.bench.environment import environment
     from tigon.bench.run import record, run_case
 
     case = run_case(
@@ -155,19 +156,3 @@ def shape_text(sizes) -> str:
 def heading(op: str, sizes: dict[str, int], dtype: str, mode: str) -> str:
     step = " (forward and backward)" if mode == "backward" else ""
     return f"{op} {shape_text(sizes)} {dtype} {mode}{step}"
-
-
-def environment(device: str) -> dict:
-    """What a reader needs to judge the numbers."""
-    import torch
-
-    import tigon
-    from tigon.cli import machine
-
-    facts = machine.facts()
-    return {
-        "tigon": tigon.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "threads": torch.get_num_threads(),
-        **{name: facts[name] for name in ("os", "python", "packages", "driver")},
-    }

@@ -1,0 +1,34 @@
+"""Where and when a benchmark ran: what a reader needs to judge its numbers."""
+
+import datetime
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+import tigon
+from tigon.cli import machine
+
+
+def commit() -> str | None:
+    """The commit of a checkout; None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "setup.py").is_file() or not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+
+def environment(device: str) -> dict:
+    """Date, versions, commit and machine, for a record on `device`."""
+    facts = machine.facts()
+    facts["python"] = {"version": facts["python"]["version"]}  # where it lies is nobody's business
+    return {
+        "date": datetime.date.today().isoformat(),
+        "tigon": tigon.__version__,
+        "commit": commit(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "threads": torch.get_num_threads(),
+        **{name: facts[name] for name in ("os", "python", "packages", "driver")},
+    }
