@@ -373,7 +373,7 @@ def ssd_forward(
             FIRST_N=first_n, MIX_FIRST=config.mix_first, **shared, **tiles(config),
         )  # fmt: skip
     if state_positions is None:
-        return y, final, final[:0]
+        return y, final, final.new_empty((0, h, p, n))
     exits[rows] = 0.0 if initial_states is None else initial_states[0]
     at = segments.at_position
     return y, final, exits[torch.where(at < 0, rows, at).clamp(max=rows)]

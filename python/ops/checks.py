@@ -125,9 +125,10 @@ class Check:
         a, b = self.sizes[small], self.sizes[large]
         self.require(a > 0 and b % a == 0, f"{small}={a} must divide {large}={b}")
 
-    def at_most(self, symbol: str, limit: int) -> None:
+    def size(self, symbol: str, limit: int) -> None:
+        """A symbol's size lies in [1, limit]."""
         size = self.sizes[symbol]
-        self.require(size <= limit, f"{symbol}={size} is not supported, at most {limit} is")
+        self.require(1 <= size <= limit, f"{symbol}={size} is not supported, 1 to {limit} are")
 
     def cu_seqlens(self, value: Tensor | None, total: int) -> None:
         """cu_seqlens starts at 0, never falls and ends at `total` (looked at where that is free)."""

@@ -106,8 +106,8 @@ def _check_common(check, x, dt, A, B, C, D, z, dt_bias, dt_limit, rows: str) -> 
     check.tensor("z", z, f"{rows} h p", dtypes=activation_dtypes(x), optional=True)
     check.tensor("dt_bias", dt_bias, "h", dtypes=beside, optional=True)
     check.divides("g", "h")
-    check.at_most("p", MAX_DIM)
-    check.at_most("n", MAX_DIM)
+    check.size("p", MAX_DIM)
+    check.size("n", MAX_DIM)
     low, high = (float(v) for v in dt_limit)
     check.require(
         0 <= low <= high, f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit}"

@@ -159,6 +159,12 @@ def test_no_tokens_keep_the_initial_state(device):
         assert torch.equal(states, inputs["initial_states"][: states.shape[0]])
 
 
+def test_outputs_share_no_memory(device):
+    """An op's outputs may not alias one another: not even the empty place of states that nobody asked for."""
+    outputs = scan(make(device))
+    assert not any(t._is_view() for t in outputs) and outputs[2].numel() == 0
+
+
 @pytest.mark.parametrize("kw", [{"b": 0}, {"h": 0}])
 def test_an_empty_batch_launches_nothing(kw, device):
     y, final, _ = scan(make(device, **kw))

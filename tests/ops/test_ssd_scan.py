@@ -348,9 +348,12 @@ REFUSED = {
     "C groups": ({"C": torch.zeros(1, 70, 4, 6)}, ValueError, r"C has shape .* g=2 \(from B\)"),
     "groups do not divide heads": (
         {"B": torch.zeros(1, 70, 3, 6), "C": torch.zeros(1, 70, 3, 6)}, ValueError, "g=3 must divide h=4"),
-    "p too large": ({"x": torch.zeros(1, 70, 4, 257)}, ValueError, "p=257 is not supported, at most 256"),
+    "p too large": ({"x": torch.zeros(1, 70, 4, 257)}, ValueError, "p=257 is not supported, 1 to 256 are"),
+    "p of nothing": ({"x": torch.zeros(1, 70, 4, 0)}, ValueError, "p=0 is not supported"),
     "n too large": (
         {"B": torch.zeros(1, 70, 2, 300), "C": torch.zeros(1, 70, 2, 300)}, ValueError, "n=300 is not supported"),
+    "n of nothing": (
+        {"B": torch.zeros(1, 70, 2, 0), "C": torch.zeros(1, 70, 2, 0)}, ValueError, "n=0 is not supported"),
     "D shape": ({"D": torch.zeros(4, 6)}, ValueError, r"D has shape \(4, 6\)"),
     "D dimensions": ({"D": torch.zeros(4, 5, 1)}, ValueError, r"expected \(h\) or \(h, p\)"),
     "z shape": ({"z": torch.zeros(1, 70, 4, 6)}, ValueError, "z has shape"),
