@@ -24,14 +24,17 @@ def names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
-def activation_dtypes(main: Tensor) -> tuple[torch.dtype, ...]:
-    """Activations share a dtype; under autocast any float will do, it is cast with the main input."""
-    return FLOATS if _autocast(main) else (main.dtype,)
+def activation_dtypes(main: Tensor, cast: bool = True) -> tuple[torch.dtype, ...]:
+    """Activations share a dtype; under autocast any float will do, it is cast with the main input.
+
+    cast: whether autocast casts for this op; it does not for the decode ops.
+    """
+    return FLOATS if cast and _autocast(main) else (main.dtype,)
 
 
-def beside_dtypes(main: Tensor) -> tuple[torch.dtype, ...]:
+def beside_dtypes(main: Tensor, cast: bool = True) -> tuple[torch.dtype, ...]:
     """What dt, A, D, biases and weights may have beside activations of main's dtype: that one or fp32."""
-    if _autocast(main):
+    if cast and _autocast(main):
         return FLOATS
     return tuple(dict.fromkeys((main.dtype, torch.float32)))
 

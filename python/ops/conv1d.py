@@ -68,9 +68,9 @@ differentiable("causal_conv1d", _conv_autograd, _conv_setup)
 once_differentiable("causal_conv1d_backward")
 
 
-def _check_weights(check, x, weight, bias, activation) -> None:
-    check.tensor("weight", weight, "d width", dtypes=beside_dtypes(x))
-    check.tensor("bias", bias, "d", dtypes=beside_dtypes(x), optional=True)
+def _check_weights(check, x, weight, bias, activation, cast: bool) -> None:
+    check.tensor("weight", weight, "d width", dtypes=beside_dtypes(x, cast))
+    check.tensor("bias", bias, "d", dtypes=beside_dtypes(x, cast), optional=True)
     width = weight.shape[1]
     check.require(1 <= width <= MAX_WIDTH, f"weight has width={width}, allowed: 1 to {MAX_WIDTH}")
     if activation not in ("silu", "swish", None):
@@ -105,7 +105,7 @@ def causal_conv1d(
     """
     check = Check("causal_conv1d")
     check.tensor("x", x, "b l d")
-    _check_weights(check, x, weight, bias, activation)
+    _check_weights(check, x, weight, bias, activation, cast=True)
     b, length, d = x.shape
     if cu_seqlens is not None:
         check.tensor("cu_seqlens", cu_seqlens, "s+1", dtypes=INDEX)
@@ -182,7 +182,7 @@ def causal_conv1d_update(
     check = Check("causal_conv1d_update")
     check.one_of("x", x, "b d", "b m d")
     single = x.dim() == 2
-    _check_weights(check, x, weight, bias, activation)
+    _check_weights(check, x, weight, bias, activation, cast=False)
     check.tensor("conv_state", conv_state, "slots d W")
     check.no_gradient("causal_conv1d", x=x, conv_state=conv_state, weight=weight, bias=bias)
     slots, window = conv_state.shape[0], conv_state.shape[2]

@@ -10,19 +10,21 @@ LIBRARY = torch.library.Library("tigon", "DEF")
 def register(
     schema: str, implementation: Callable, fake: Callable, autocast: tuple[str, ...] = ()
 ) -> None:
-    """Define `tigon::<schema>`. autocast: the arguments that take the autocast dtype under torch.autocast."""
+    """Define `tigon::<schema>`. autocast: the arguments that take the autocast dtype under torch.autocast.
+
+    Within every op autocast is off, so that it does not lower the reference's own matrix products.
+    """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tigon::{name}", fake, lib=LIBRARY)
-    if autocast:
-        positions = [
-            i
-            for i, arg in enumerate(getattr(torch.ops.tigon, name).default._schema.arguments)
-            if arg.name in autocast
-        ]
-        for device in ("cpu", "cuda"):
-            LIBRARY.impl(name, _autocast(name, device, positions), f"Autocast{device.upper()}")
+    positions = [
+        i
+        for i, arg in enumerate(getattr(torch.ops.tigon, name).default._schema.arguments)
+        if arg.name in autocast
+    ]
+    for device in ("cpu", "cuda"):
+        LIBRARY.impl(name, _autocast(name, device, positions), f"Autocast{device.upper()}")
 
 
 def _autocast(name: str, device: str, positions: list[int]) -> Callable:

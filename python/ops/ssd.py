@@ -96,14 +96,16 @@ differentiable("ssd_scan", _scan_autograd, _scan_setup)
 once_differentiable("ssd_scan_backward")
 
 
-def _check_common(check, x, dt, A, B, C, D, z, dt_bias, dt_limit, rows: str) -> tuple[float, float]:
-    beside = beside_dtypes(x)
+def _check_common(
+    check, x, dt, A, B, C, D, z, dt_bias, dt_limit, rows: str, cast: bool
+) -> tuple[float, float]:
+    beside, activations = beside_dtypes(x, cast), activation_dtypes(x, cast)
     check.tensor("dt", dt, f"{rows} h", dtypes=beside)
     check.tensor("A", A, "h", dtypes=beside)
-    check.tensor("B", B, f"{rows} g n", dtypes=activation_dtypes(x))
-    check.tensor("C", C, f"{rows} g n", dtypes=activation_dtypes(x))
+    check.tensor("B", B, f"{rows} g n", dtypes=activations)
+    check.tensor("C", C, f"{rows} g n", dtypes=activations)
     check.one_of("D", D, "h", "h p", dtypes=beside, optional=True)
-    check.tensor("z", z, f"{rows} h p", dtypes=activation_dtypes(x), optional=True)
+    check.tensor("z", z, f"{rows} h p", dtypes=activations, optional=True)
     check.tensor("dt_bias", dt_bias, "h", dtypes=beside, optional=True)
     check.divides("g", "h")
     check.size("p", MAX_DIM)
@@ -162,7 +164,7 @@ def ssd_scan(
     """
     check = Check("ssd_scan")
     check.tensor("x", x, "b l h p")
-    low, high = _check_common(check, x, dt, A, B, C, D, z, dt_bias, dt_limit, "b l")
+    low, high = _check_common(check, x, dt, A, B, C, D, z, dt_bias, dt_limit, "b l", cast=True)
     b, length = x.shape[:2]
     check.require(
         isinstance(chunk_size, int) and chunk_size > 0,
@@ -266,7 +268,7 @@ def ssd_update(
     check.one_of("x", x, "b h p", "b m h p")
     single = x.dim() == 3
     low, high = _check_common(
-        check, x, dt, A, B, C, D, z, dt_bias, dt_limit, "b" if single else "b m"
+        check, x, dt, A, B, C, D, z, dt_bias, dt_limit, "b" if single else "b m", cast=False
     )
     check.tensor("state", state, "slots h p n")
     check.no_gradient("ssd_scan", state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)

@@ -170,6 +170,17 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.tigon.ssd_update.default, (*args, index, count, True, 0.0, INF))
 
 
+def test_autocast_changes_nothing():
+    """Nothing is cast in decode: no product in bf16, and no B of another dtype, which a kernel would misread."""
+    inputs, again = make(dtype=torch.float32), make(dtype=torch.float32)
+    again |= {k: t if t is None else t.clone() for k, t in inputs.items()}
+    plain = update(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(update(again), plain)
+        with pytest.raises(TypeError, match="B has dtype bfloat16"):
+            update(again | {"B": again["B"].bfloat16()})
+
+
 @pytest.mark.parametrize("pieces", [(40, 57, 3), (1, 99), (64, 36)])
 def test_prefill_in_pieces_then_token_by_token_equals_one_scan(pieces):
     """The state handed from scan to scan and on to decode is the state of one long scan."""
