@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CASTABLE = FLOATS[:3]  # what autocast casts; it leaves fp64 alone
 INDEX = (torch.int32, torch.int64)
 
 
@@ -25,22 +26,24 @@ def names(dtypes: Iterable[torch.dtype]) -> str:
 
 
 def activation_dtypes(main: Tensor, cast: bool = True) -> tuple[torch.dtype, ...]:
-    """Activations share a dtype; under autocast any float will do, it is cast with the main input.
+    """Activations share a dtype; under autocast any that it casts will do.
 
     cast: whether autocast casts for this op; it does not for the decode ops.
     """
-    return FLOATS if cast and _autocast(main) else (main.dtype,)
+    return CASTABLE if cast and _autocast(main) else (main.dtype,)
 
 
 def beside_dtypes(main: Tensor, cast: bool = True) -> tuple[torch.dtype, ...]:
     """What dt, A, D, biases and weights may have beside activations of main's dtype: that one or fp32."""
     if cast and _autocast(main):
-        return FLOATS
+        return CASTABLE
     return tuple(dict.fromkeys((main.dtype, torch.float32)))
 
 
 def _autocast(main: Tensor) -> bool:
-    kind = main.device.type if isinstance(main, Tensor) else "cpu"
+    if not isinstance(main, Tensor) or main.dtype not in CASTABLE:
+        return False
+    kind = main.device.type
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 

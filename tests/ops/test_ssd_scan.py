@@ -293,6 +293,14 @@ def test_autocast_runs_in_the_autocast_dtype_and_returns_gradients_in_the_inputs
     assert inputs["x"].grad.dtype == torch.float32
 
 
+def test_autocast_leaves_fp64_alone_and_so_refuses_it_beside_fp32():
+    inputs = make(dtype=torch.float32) | {"B": torch.zeros(1, 70, 2, 6, dtype=torch.float64)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match="B has dtype float64"):
+            scan(inputs)
+        assert scan(make())[0].dtype == torch.float64
+
+
 def test_double_backward_raises():
     inputs = make(l=5)
     x = inputs["x"].requires_grad_()
