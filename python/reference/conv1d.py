@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tigon.reference import elementwise
-from tigon.reference.ssd import write_slots
+from tigon.reference.slots import write_slots
 
 
 class _Taps:

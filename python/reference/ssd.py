@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tigon.reference.chunks import Dense, cut_chunks, one_sequence
 from tigon.reference.elementwise import silu, softplus
-from tigon.segments import segment_table
+from tigon.reference.slots import write_slots
 
 CHUNK = 64  # tokens: a chunk's blocks over token pairs stay in the CPU's cache
 
@@ -85,114 +86,6 @@ def ssd_recurrence(
     return y, torch.cat(finals), states
 
 
-class _Dense:
-    """Chunks of a dense batch: slices, no copies."""
-
-    def __init__(self, x: Tensor, size: int):
-        self.batch, self.length = x.shape[:2]
-        self.size = size
-        self.rows = -(-self.length // size)
-        self.sequences = self.batch
-
-    def take(self, t: Tensor, c: int) -> Tensor:
-        return t[:, c * self.size : (c + 1) * self.size]
-
-    def mask_dt(self, dt: Tensor, c: int) -> Tensor:
-        return dt
-
-    def put(self, out: Tensor, c: int, value: Tensor) -> None:
-        out[:, c * self.size : (c + 1) * self.size] = value
-
-    def buffer(self, like: Tensor) -> Tensor:
-        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-    def trim(self, out: Tensor) -> Tensor:
-        return out
-
-    def enter(self, S: Tensor, initial: Tensor, c: int) -> Tensor:
-        return initial if c == 0 else S
-
-    def leave(self, S: Tensor, c: int, final: Tensor, states: Tensor) -> None:
-        if c == self.rows - 1:
-            final.copy_(S)
-
-    def leave_backward(self, dS: Tensor, c: int, dfinal: Tensor, dstates: Tensor) -> Tensor:
-        return dfinal if c == self.rows - 1 else dS
-
-    def enter_backward(self, dS: Tensor, c: int, dinitial: Tensor) -> None:
-        if c == 0:
-            dinitial.copy_(dS)
-
-
-class _Packed:
-    """Chunks of a packed batch (b = 1): rows of the segment table, gathered; nothing waits for the device.
-
-    Index `length` is a dummy token and index `sequences` a dummy sequence: places for what must not be kept.
-    """
-
-    def __init__(self, x: Tensor, size: int, cu_seqlens: Tensor, positions: Tensor | None):
-        self.length = x.shape[1]
-        self.sequences = cu_seqlens.numel() - 1
-        table = segment_table(cu_seqlens, self.length, size, positions)
-        self.rows = table.start.numel() if self.length else 0
-        tokens = table.start[:, None] + torch.arange(size, device=x.device)
-        self.valid = tokens < table.end[:, None]
-        self.index = torch.where(self.valid, tokens, self.length)
-        self.source = self.index.clamp(max=max(self.length - 1, 0))
-        self.sequence = table.sequence
-        self.first = table.first.bool()
-        self.last = torch.ones_like(self.first)
-        self.last[:-1] = table.sequence[1:] != table.sequence[:-1]
-        # Several requested positions may fall on one segment end: `slot` is one of them for each segment,
-        # or the dummy past the end; `slot_of` sends each position to that one. Position 0 has its own row.
-        wanted = table.at_position
-        self.slot = torch.full((self.rows + 1,), wanted.numel(), device=x.device)
-        at = torch.where(wanted >= 0, wanted, self.rows)
-        order = torch.arange(wanted.numel(), device=x.device)
-        self.slot.scatter_reduce_(0, at, order, "amin")
-        self.slot_of = self.slot[at]
-        self.slot[self.rows] = wanted.numel()
-        self.at_zero = wanted < 0
-
-    def take(self, t: Tensor, c: int) -> Tensor:
-        return t[:, self.source[c]]
-
-    def mask_dt(self, dt: Tensor, c: int) -> Tensor:
-        return torch.where(self.valid[c][:, None], dt, 0)  # dt' = 0: no decay, no input
-
-    def put(self, out: Tensor, c: int, value: Tensor) -> None:
-        out.index_copy_(1, self.index[c], value.to(out.dtype))
-
-    def buffer(self, like: Tensor) -> Tensor:
-        shape = (1, self.length + 1, *like.shape[2:])
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-
-    def trim(self, out: Tensor) -> Tensor:
-        return out[:, : self.length]
-
-    def enter(self, S: Tensor, initial: Tensor, c: int) -> Tensor:
-        return torch.where(self.first[c], initial[self.sequence[c]], S)
-
-    def leave(self, S: Tensor, c: int, final: Tensor, states: Tensor) -> None:
-        final.index_copy_(0, self.sequence[c : c + 1], S)  # the last segment's state stays
-        states.index_copy_(0, self.slot[c : c + 1], S)
-
-    def leave_backward(self, dS: Tensor, c: int, dfinal: Tensor, dstates: Tensor) -> Tensor:
-        return torch.where(self.last[c], dfinal[self.sequence[c]], dS) + dstates[self.slot[c]]
-
-    def enter_backward(self, dS: Tensor, c: int, dinitial: Tensor) -> None:
-        row = torch.where(self.first[c], self.sequence[c], self.sequences)
-        dinitial.index_copy_(0, row[None], dS)
-
-
-def _cut(x, cu_seqlens, state_positions, size):
-    if cu_seqlens is None and state_positions is None:
-        return _Dense(x, size)
-    if cu_seqlens is None:
-        cu_seqlens = _one_sequence(x)
-    return _Packed(x, size, cu_seqlens, state_positions)
-
-
 def _rows(t, count):
     """The batch rows of a tensor, or of None."""
     return [None] * count if t is None else t.split(1)
@@ -203,10 +96,6 @@ def _joined(i, parts):
     if parts[0] is None:
         return None
     return sum(parts) if i in (2, 5, 7) else torch.cat(parts)
-
-
-def _one_sequence(x):
-    return torch.arange(2, device=x.device) * x.shape[1]
 
 
 def _entry(initial_states, rows, heads, p, n, like, acc):
@@ -324,21 +213,19 @@ def ssd_forward(
         rows = zip(*(_rows(t, x.shape[0]) for t in (x, dt, B, C, z, initial_states)), strict=True)
         options = (dt_softplus, dt_min, dt_max, chunk_size, round_operands)
         outs = [
-            ssd_forward(
-                r, s, A, b, c, D, g, dt_bias, i, _one_sequence(x), state_positions, *options
-            )
+            ssd_forward(r, s, A, b, c, D, g, dt_bias, i, one_sequence(x), state_positions, *options)
             for r, s, b, c, g, i in rows
         ]
         return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
     acc, low, A, skip, bias = _prepare(x, A, D, dt_bias, round_operands)
     heads, p, n = x.shape[2], x.shape[3], B.shape[3]
-    cut = _cut(x, cu_seqlens, state_positions, CHUNK)
+    cut = cut_chunks(x, cu_seqlens, state_positions, CHUNK)
     initial = _entry(initial_states, cut.sequences, heads, p, n, x, acc)
     final = initial.clone()
     wanted = 0 if state_positions is None else state_positions.numel()
     states = torch.zeros(wanted + 1, heads, p, n, dtype=acc, device=x.device)
     out = cut.buffer(x)
-    dense = isinstance(cut, _Dense)
+    dense = isinstance(cut, Dense)
     S = initial[:-1] if dense else initial[:1]
     for c in range(cut.rows):
         k = _Chunk(cut, c, x, dt, A, B, C, bias, dt_softplus, dt_min, dt_max, acc)
@@ -395,7 +282,7 @@ def ssd_backward(
         options = (dt_softplus, dt_min, dt_max, chunk_size, round_operands)
         batched = (dy, dfinal, x, dt, B, C, z, initial_states)
         rows = zip(*(_rows(t, x.shape[0]) for t in batched), strict=True)
-        sequence = (_one_sequence(x), state_positions)
+        sequence = (one_sequence(x), state_positions)
         outs = [
             ssd_backward(y, f, dstates, r, s, A, b, c, D, g, dt_bias, i, *sequence, *options)
             for y, f, r, s, b, c, g, i in rows
@@ -403,8 +290,8 @@ def ssd_backward(
         return tuple(_joined(i, parts) for i, parts in enumerate(zip(*outs, strict=True)))
     acc, low, A_acc, skip, bias = _prepare(x, A, D, dt_bias, round_operands)
     heads, p, n = x.shape[2], x.shape[3], B.shape[3]
-    cut = _cut(x, cu_seqlens, state_positions, CHUNK)
-    dense = isinstance(cut, _Dense)
+    cut = cut_chunks(x, cu_seqlens, state_positions, CHUNK)
+    dense = isinstance(cut, Dense)
     initial = _entry(initial_states, cut.sequences, heads, p, n, x, acc)
     chunk_args = (x, dt, A_acc, B, C, bias, dt_softplus, dt_min, dt_max, acc)
 
@@ -610,13 +497,3 @@ class _Step:
         if self.z is not None:
             y.mul_(silu(self.z[:, j].to(self.acc)))
         return y
-
-
-def write_slots(state: Tensor, new: Tensor, index: Tensor, live: Tensor) -> None:
-    """state[index[r]] = new[r] for live rows r, without waiting for the device.
-
-    Rows that are not live repeat the write of the first live one; with none live, row 0 writes back what it read.
-    """
-    anchor = live.to(torch.uint8).argmax(0, keepdim=True)
-    row = torch.where(live, torch.arange(index.numel(), device=index.device), anchor)
-    state.index_copy_(0, index[row].clamp(0, state.shape[0] - 1), new[row].to(state.dtype))
