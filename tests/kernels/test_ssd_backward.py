@@ -209,6 +209,21 @@ def test_offsets_of_dt_past_two_to_the_31(device):
         assert got is None or torch.equal(got, want)
 
 
+def test_offsets_of_batch_rows_past_two_to_the_31(device):
+    """Batch rows of x 2^31 elements apart in memory that is reserved but not touched."""
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 << 30:
+        pytest.skip("needs 5 GB of device memory")
+    args = list(make("dense", (16, 16), torch.float16, device, h=1))
+    near, apart = args[3].contiguous(), 2**31 + 64
+    far = torch.empty(apart + 21 * 16, dtype=torch.float16, device=device)
+    args[3] = far.as_strided((2, 21, 1, 16), (apart, 16, 16, 1))
+    args[3].copy_(near)
+    found = ssd_backward(*args, config=CUT)
+    args[3] = near
+    for got, want in zip(found, ssd_backward(*args, config=CUT)):
+        assert got is None or torch.equal(got, want)
+
+
 def test_nan_in_one_sequence_stays_there(device):
     """Sequences of a packed batch share walks; a NaN must not leak from one to the next."""
     args = list(make("packed", (16, 16), torch.float32, device))
