@@ -27,10 +27,11 @@ def cuobjdump() -> str | None:
 @pytest.fixture(scope="module", params=ARCHS)
 def compiled(request):
     """source stem -> (cubin, what ptxas said), compiled as CMakeLists.txt does for this architecture."""
-    wheels = (Path(folder) / "nvidia/cu13/bin/nvcc" for folder in sys.path)
+    folders = (*sys.path, f"{sys.prefix}/peers")  # the last is where `make env` puts a wheel of it
+    wheels = (Path(folder) / "nvidia/cu13/bin/nvcc" for folder in folders)
     nvcc = shutil.which("nvcc") or next(filter(Path.is_file, wheels), None)
     if nvcc is None:
-        pytest.skip("no nvcc: pip install 'tigon[dev]', or a CUDA toolkit")
+        pytest.skip("no nvcc: `make env`, or a CUDA toolkit")
     arch = request.param
     version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
