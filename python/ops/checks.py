@@ -165,6 +165,14 @@ class Check:
                         RuntimeError,
                     )
 
+    def not_yet(self, **arguments) -> None:
+        """Arguments that the interface has and this version lacks: refused by name, never dropped."""
+        for name, value in arguments.items():
+            if value is not None:
+                self.fail(
+                    f"{name} is not supported in this version, leave it out", NotImplementedError
+                )
+
     def distinct(self, name: str, value: Tensor | None) -> None:
         """Non-negative elements of `value` occur once: two rows may not write one slot."""
         if value is None or not readable(value):

@@ -162,6 +162,8 @@ def causal_conv1d_update(
     activation: str | None = "silu",
     state_indices: Tensor | None = None,
     num_tokens: Tensor | None = None,
+    replay: tuple | None = None,
+    ancestors: Tensor | None = None,
 ) -> Tensor:
     """Decode: convolve 1 to 16 new tokens a row and advance its window, in place.
 
@@ -171,6 +173,7 @@ def causal_conv1d_update(
         weight: (d,width). bias: (d). activation: as in causal_conv1d.
         state_indices: (b) int32 or int64, the slot of each row; negative: padding, zeros come out, nothing is touched.
         num_tokens: (b) int32 or int64, tokens of the row that are real; the others give zeros.
+        replay, ancestors: places for replay and trees, which are not in this version.
 
     Returns:
         y like x.
@@ -178,8 +181,10 @@ def causal_conv1d_update(
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range, by name.
         RuntimeError: an argument requires a gradient; causal_conv1d has gradients.
+        NotImplementedError: an argument that is not in this version, by name.
     """
     check = Check("causal_conv1d_update")
+    check.not_yet(replay=replay, ancestors=ancestors)
     check.one_of("x", x, "b d", "b m d")
     single = x.dim() == 2
     _check_weights(check, x, weight, bias, activation, cast=False)

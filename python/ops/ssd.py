@@ -243,6 +243,13 @@ def ssd_update(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     state_indices: Tensor | None = None,
     num_tokens: Tensor | None = None,
+    state_scale: Tensor | None = None,
+    rounding: str = "nearest",
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+    layer: int = 0,
+    replay: tuple | None = None,
+    ancestors: Tensor | None = None,
 ) -> Tensor:
     """Decode: advance slot-indexed states by 1 to 16 tokens, in place (formula at the top of the module).
 
@@ -256,6 +263,10 @@ def ssd_update(
         state_indices: (b) int32 or int64, the slot of each row; negative: padding, zeros come out and nothing is
             touched. None: row i uses slot i. Two rows may not name one slot.
         num_tokens: (b) int32 or int64, tokens of the row that are real, 0 to m; the others give zeros. None: all.
+        rounding: "nearest", of the state to its dtype. "stochastic" is not in this version.
+        layer: names the random bits of stochastic rounding; without effect on nearest.
+        state_scale, seeds, positions, replay, ancestors: places for 8-bit states, stochastic rounding, replay and
+            trees, which are not in this version.
 
     Returns:
         y like x.
@@ -263,8 +274,14 @@ def ssd_update(
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range, by name.
         RuntimeError: an argument requires a gradient; ssd_scan has gradients.
+        NotImplementedError: an argument that is not in this version, by name.
     """
     check = Check("ssd_update")
+    if rounding not in ("nearest", "stochastic"):
+        check.fail(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+    later = {"state_scale": state_scale, "seeds": seeds, "positions": positions, "replay": replay}
+    stochastic = rounding if rounding == "stochastic" else None
+    check.not_yet(rounding=stochastic, **later, ancestors=ancestors)
     check.one_of("x", x, "b h p", "b m h p")
     single = x.dim() == 3
     low, high = _check_common(

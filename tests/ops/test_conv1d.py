@@ -159,6 +159,12 @@ def test_a_step_that_wants_a_gradient_is_refused():
         tigon.causal_conv1d_update(x, torch.zeros(2, 6, 3), weight)
 
 
+@pytest.mark.parametrize("name", ["replay", "ancestors"])
+def test_what_this_version_lacks_is_refused_by_name(name):
+    with pytest.raises(NotImplementedError, match=f"causal_conv1d_update: {name} is not supported"):
+        tigon.causal_conv1d_update(X[:, 0], torch.zeros(2, 6, 3), W, **{name: torch.zeros(2)})
+
+
 X, W = torch.zeros(2, 9, 6), torch.zeros(6, 4)
 REFUSED = {
     "x dimensions": ((X[0], W), {}, ValueError, r"x has shape \(9, 6\), expected \(b, l, d\)"),

@@ -218,6 +218,17 @@ def test_prefill_in_pieces_then_token_by_token_equals_one_scan(pieces):
     torch.testing.assert_close(state, final)
 
 
+@pytest.mark.parametrize(
+    "name", ["state_scale", "seeds", "positions", "replay", "ancestors", "rounding"]
+)
+def test_what_this_version_lacks_is_refused_by_name(name):
+    value = "stochastic" if name == "rounding" else torch.zeros(3)
+    with pytest.raises(NotImplementedError, match=f"ssd_update: {name} is not supported"):
+        update(make(), **{name: value})
+    with pytest.raises(ValueError, match="rounding must be 'nearest' or 'stochastic'"):
+        update(make(), rounding="up")
+
+
 def test_an_input_that_wants_a_gradient_is_refused():
     inputs = make()
     inputs["B"].requires_grad_()
