@@ -1,7 +1,7 @@
 // tigon._C: finds a kernel by name and launches it on a stream.
 //
 // The launch arithmetic (which instance, which grid, the packed arguments) lives in
-// python/native.py; here a kernel's one argument is a struct of known size, given as bytes.
+// python/native/; here a kernel's one argument is a struct of known size, given as bytes.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -52,7 +52,7 @@ struct SsdUpdate {
     int unused;
 };
 
-// Shared memory, in floats; python/native.py counts the same.
+// Shared memory, in floats; python/native/mamba2.py counts the same.
 struct Staged {
     float *B, *C;       // (tokens, n_padded), see place()
     float *x, *gate;    // (tokens, rows); gate = silu(z) or 1

@@ -12,7 +12,7 @@ using f32 = float;
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
-// Codes of python/native.py for operands whose format is known at run time only.
+// Codes of python/native/ for operands whose format is known at run time only.
 enum DType : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
 __device__ __forceinline__ float to_float(f32 value) {

@@ -12,6 +12,7 @@ import host_build
 import pytest
 
 from tigon import native
+from tigon.native import mamba2
 
 ARCHS = ["80", "90a", "100a", "120a"]
 SOURCES = host_build.KERNELS
@@ -106,8 +107,8 @@ def nvrtc() -> ctypes.CDLL | None:
 @pytest.mark.parametrize(
     "plan",
     [
-        native.plan_ssd_update(1, 1, 1, 64, 128, "bf16", "f32", True),
-        native.plan_conv1d_update(1, 64, "f16", "bf16"),
+        mamba2.plan_ssd_update(1, 1, 1, 64, 128, "bf16", "f32", True),
+        mamba2.plan_conv1d_update(1, 64, "f16", "bf16"),
     ],
     ids=lambda plan: plan.source,
 )

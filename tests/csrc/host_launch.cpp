@@ -1,4 +1,4 @@
-// tigon_host_launch: what python/native.py's HostLibrary calls, and the blocks' threads or fibers.
+// tigon_host_launch: what python/native/'s HostLibrary calls, and the blocks' threads or fibers.
 #include <cstdint>
 #include <string_view>
 

@@ -1,4 +1,4 @@
-"""python/native.py: plans, packed arguments, which way to the kernels is taken, and what is said without one."""
+"""python/native/: plans, packed arguments, which way to the kernels is taken, and what is said without one."""
 
 import ctypes
 import importlib.util
@@ -13,6 +13,7 @@ from decode_cases import ssd_plain
 
 import tigon
 from tigon import native
+from tigon.native import arguments, loader, mamba2
 
 FORMAT = {"void*": "Q", "int*": "Q", "int64": "q", "int": "i", "float": "f"}
 
@@ -20,8 +21,8 @@ FORMAT = {"void*": "Q", "int*": "Q", "int64": "q", "int": "i", "float": "f"}
 @pytest.mark.parametrize(
     ("source", "name", "packed"),
     [
-        ("ssd_update.cu", "SsdUpdate", native.SSD_UPDATE),
-        ("conv1d_update.cu", "Conv1dUpdate", native.CONV1D_UPDATE),
+        ("ssd_update.cu", "SsdUpdate", mamba2.SSD_UPDATE),
+        ("conv1d_update.cu", "Conv1dUpdate", mamba2.CONV1D_UPDATE),
     ],
 )
 def test_packed_format_is_the_struct_of_the_source(source, name, packed):
@@ -38,26 +39,26 @@ def test_plan_fits_every_shape_that_is_allowed():
     for n in range(1, 257):
         for p in (1, 2, 3, 17, 64, 80, 100, 255, 256):
             for m in (1, 16):
-                plan = native.plan_ssd_update(3, m, 5, p, n, "bf16", "f16", False)
-                rows = plan.block // native._lanes(n) * 2
+                plan = mamba2.plan_ssd_update(3, m, 5, p, n, "bf16", "f16", False)
+                rows = plan.block // mamba2.lanes_of(n) * 2
                 assert plan.block % 32 == 0 and m <= plan.block <= 128
                 assert plan.grid[0] == 15 and (plan.grid[1] - 1) * rows < p <= plan.grid[1] * rows
-                assert native._lanes(n) * 16 >= n
+                assert mamba2.lanes_of(n) * 16 >= n
                 assert plan.shared_bytes <= 48 * 1024  # more would need an opt-in
 
 
 def test_plan_depends_on_neither_batch_nor_tokens():
     """A row's lanes and order of sums are set by n, p and the formats alone."""
-    one = native.plan_ssd_update(1, 1, 8, 64, 128, "bf16", "f32", True)
-    many = native.plan_ssd_update(999, 16, 8, 64, 128, "bf16", "f32", True)
+    one = mamba2.plan_ssd_update(1, 1, 8, 64, 128, "bf16", "f32", True)
+    many = mamba2.plan_ssd_update(999, 16, 8, 64, 128, "bf16", "f32", True)
     assert (one.kernel, one.block, one.grid[1]) == (many.kernel, many.block, many.grid[1])
 
 
 def test_plan_refuses_more_blocks_than_a_grid_has():
     with pytest.raises(ValueError, match="ssd_update"):
-        native.plan_ssd_update(2**24, 1, 128, 64, 128, "bf16", "f32", True)
+        mamba2.plan_ssd_update(2**24, 1, 128, 64, 128, "bf16", "f32", True)
     with pytest.raises(ValueError, match="conv1d_update"):
-        native.plan_conv1d_update(2**31, 1, "bf16", "f32")
+        mamba2.plan_conv1d_update(2**31, 1, "bf16", "f32")
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
@@ -66,16 +67,16 @@ def test_explain_shows_the_launch_of_both_ops(arch):
     x, dt, A = torch.empty(4, 2, 8, 64), torch.empty(4, 2, 8), torch.empty(8)
     B = torch.empty(4, 2, 2, 128)
     told = tigon.explain("ssd_update", torch.empty(5, 8, 64, 128), x, dt, A, B, B, arch=arch)
-    wanted = native.plan_ssd_update(4, 2, 8, 64, 128, "f32", "f32", True)
+    wanted = mamba2.plan_ssd_update(4, 2, 8, 64, 128, "f32", "f32", True)
     assert told.launch == {"ssd_update": wanted}
     x, window = torch.empty(4, 2, 96), torch.empty(5, 96, 3)
     told = tigon.explain("causal_conv1d_update", x, window, torch.empty(96, 4), arch=arch)
-    assert told.launch == {"conv1d_update": native.plan_conv1d_update(4, 96, "f32", "f32")}
+    assert told.launch == {"conv1d_update": mamba2.plan_conv1d_update(4, 96, "f32", "f32")}
 
 
 def test_host_library_refuses_unknown_kernels_and_sizes(host_library):
     library = native.HostLibrary(host_library)
-    launch = native.plan_conv1d_update(1, 3, "f32", "f32")
+    launch = mamba2.plan_conv1d_update(1, 3, "f32", "f32")
     with pytest.raises(RuntimeError, match="5 bytes"):
         library.launch(launch, 0, 0, b"12345")
 
@@ -95,12 +96,12 @@ def fresh(monkeypatch):
     def find_spec(name, *rest):
         return found[name] if name in found else real(name, *rest)
 
-    monkeypatch.setattr(native.importlib.util, "find_spec", find_spec)
-    for search in (native.load, native._extension):
+    monkeypatch.setattr(loader.importlib.util, "find_spec", find_spec)
+    for search in (loader.load, loader._extension):
         search.cache_clear()
     yield found
     monkeypatch.undo()
-    for search in (native.load, native._extension):
+    for search in (loader.load, loader._extension):
         search.cache_clear()
 
 
@@ -123,7 +124,7 @@ def fake_extension(monkeypatch, fresh) -> list:
 def test_extension_comes_first(fresh, monkeypatch):
     launches = fake_extension(monkeypatch, fresh)
     fresh["cupy"] = object()
-    plan = native.plan_ssd_update(2, 1, 3, 64, 128, "bf16", "f32", True)
+    plan = mamba2.plan_ssd_update(2, 1, 3, 64, 128, "bf16", "f32", True)
     native.load().launch(plan, 1, 99, b"arguments")
     assert launches == [(7, 6, 2, 128, plan.shared_bytes, 1, 99, b"arguments")]
     assert native.available() == (True, "the extension tigon._C, built for 80, 90a")
@@ -157,8 +158,8 @@ def test_cupy_compiles_the_one_instance_once_a_device(fresh, monkeypatch, tmp_pa
     cupy = SimpleNamespace(cuda=SimpleNamespace(Device=Device, driver=driver), RawModule=raw_module)
     fresh |= {"tigon._C": None, "cupy": cupy}
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(native, "cuda_headers", lambda: tmp_path)
-    plan = native.plan_ssd_update(2, 1, 3, 64, 128, "bf16", "f32", True)
+    monkeypatch.setattr(loader, "cuda_headers", lambda: tmp_path)
+    plan = mamba2.plan_ssd_update(2, 1, 3, 64, 128, "bf16", "f32", True)
     for _ in range(2):
         native.load().launch(plan, 1, 99, b"\1\2\3\4")
     assert [m["name_expressions"] for m in modules] == [(plan.kernel,)]
@@ -192,24 +193,24 @@ def test_status_needs_neither_torch_nor_cupy():
 
 def test_extension_of_this_build_has_every_kernel_that_is_planned():
     """All formats by all formats; and the argument sizes of the binary are those that are packed."""
-    module, why = native._extension()
+    module, why = loader._extension()
     if module is None:
         pytest.skip(why)
     sizes = module.kernels()
-    for io in native.FORMATS:
-        for state in native.FORMATS:
-            conv = native.plan_conv1d_update(1, 8, io, state).kernel
-            assert sizes.pop(conv) == native.CONV1D_UPDATE.size
+    for io in arguments.FORMATS:
+        for state in arguments.FORMATS:
+            conv = mamba2.plan_conv1d_update(1, 8, io, state).kernel
+            assert sizes.pop(conv) == mamba2.CONV1D_UPDATE.size
             for vectors in (True, False):
-                ssd = native.plan_ssd_update(1, 1, 1, 8, 8, io, state, vectors).kernel
-                assert sizes.pop(ssd) == native.SSD_UPDATE.size
+                ssd = mamba2.plan_ssd_update(1, 1, 1, 8, 8, io, state, vectors).kernel
+                assert sizes.pop(ssd) == mamba2.SSD_UPDATE.size
     assert not sizes
 
 
 def test_extension_without_a_gpu_raises_what_cuda_says():
-    module, why = native._extension()
+    module, why = loader._extension()
     if module is None or torch.cuda.is_available():
         pytest.skip(why or "there is a GPU")
-    launch = native.plan_conv1d_update(1, 3, "f32", "f32")
+    launch = mamba2.plan_conv1d_update(1, 3, "f32", "f32")
     with pytest.raises(RuntimeError, match="CUDA"):
-        native.Extension(module).launch(launch, 0, 0, bytes(native.CONV1D_UPDATE.size))
+        native.Extension(module).launch(launch, 0, 0, bytes(mamba2.CONV1D_UPDATE.size))

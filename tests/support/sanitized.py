@@ -1,4 +1,4 @@
-"""Runs a launch of python/native.py in a program built with sanitizers, as if it were the host library."""
+"""Runs a launch of python/native/ in a program built with sanitizers, as if it were the host library."""
 
 import ctypes
 import os

@@ -1,0 +1,51 @@
+"""The CUDA C++ kernels of csrc/: found, planned, packed and launched.
+
+``loader`` finds a way to them, ``mamba2`` and ``quantize`` hold a launcher for each kernel.
+
+Importing this package needs the standard library only, so that ``tigon doctor`` works without torch.
+"""
+
+from tigon.native import mamba2
+from tigon.native.loader import (
+    Extension,
+    HostLibrary,
+    Launch,
+    Loader,
+    RunTimeCompiler,
+    available,
+    cuda_headers,
+    host_missing,
+    load,
+    sources,
+    status,
+    use_host_library,
+)
+from tigon.native.mamba2 import conv1d_update, ssd_update
+
+PLANS = mamba2.PLANS
+
+__all__ = [
+    "Extension",
+    "HostLibrary",
+    "Launch",
+    "Loader",
+    "RunTimeCompiler",
+    "available",
+    "conv1d_update",
+    "cuda_headers",
+    "host_missing",
+    "load",
+    "plan",
+    "sources",
+    "ssd_update",
+    "status",
+    "use_host_library",
+]
+
+
+def plan(op: str, arch: int, **sizes: int) -> dict[str, Launch]:
+    """What `op` launches for these sizes, as kernels/launch.py says it for Triton's kernels; for `explain`.
+
+    The launches are the same for every arch.
+    """
+    return PLANS[op](**sizes)
