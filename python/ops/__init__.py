@@ -2,17 +2,37 @@
 
 from tigon.ops.conv1d import causal_conv1d, causal_conv1d_update
 from tigon.ops.dispatch import backend, batch_invariant, explain
+from tigon.ops.gemm import scaled_mm
 from tigon.ops.norm import gated_rms_norm, rms_norm
+from tigon.ops.quantize import (
+    GatedRMSNorm,
+    RMSNorm,
+    dequantize,
+    quantize_fp8,
+    quantize_mxfp8,
+    quantize_nvfp4,
+)
+from tigon.ops.quantized import FP8Tensor, MXFP8Tensor, NVFP4Tensor
 from tigon.ops.ssd import ssd_scan, ssd_update
 
 __all__ = [
+    "FP8Tensor",
+    "GatedRMSNorm",
+    "MXFP8Tensor",
+    "NVFP4Tensor",
+    "RMSNorm",
     "backend",
     "batch_invariant",
     "causal_conv1d",
     "causal_conv1d_update",
+    "dequantize",
     "explain",
     "gated_rms_norm",
+    "quantize_fp8",
+    "quantize_mxfp8",
+    "quantize_nvfp4",
     "rms_norm",
+    "scaled_mm",
     "ssd_scan",
     "ssd_update",
 ]

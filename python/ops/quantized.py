@@ -1,8 +1,8 @@
 """Quantized tensors: what the quantizers return and `scaled_mm` takes.
 
-    NVFP4Tensor   x = e2m1(code) * block_scale * tensor_scale      blocks of 16, E4M3 scales, one fp32 scale a tensor or row
-    MXFP8Tensor   x = code * 2^(block_scale - 127)                 blocks of 32, E8M0 scales
-    FP8Tensor     x = code * scale                                 fp32 scales: a tensor, a row, 1x128 or 128x128
+    NVFP4Tensor   x = e2m1(code) block_scale tensor_scale   blocks of 16, E4M3 scales, an fp32 scale a tensor or row
+    MXFP8Tensor   x = code 2^(block_scale - 127)            blocks of 32, E8M0 scales
+    FP8Tensor     x = code scale                            fp32 scales: a tensor, a row, 1x128 or 128x128
 
 Each is a frozen dataclass of plain tensors with the logical shape beside them. Blocks lie along the last dimension; a
 column-wise copy is the quantized transpose, of logical shape (K, M). They are pytree nodes (so torch.compile takes and
@@ -77,7 +77,9 @@ class QuantizedTensor:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> QuantizedTensor:
         """On another device. The formats stay: `dequantize(dtype)` changes the dtype."""
         if isinstance(device, torch.dtype):
-            raise TypeError(f"{type(self).__name__}.to takes a device; dequantize({device}) converts")
+            raise TypeError(
+                f"{type(self).__name__}.to takes a device; dequantize({device}) converts"
+            )
         return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def cpu(self) -> QuantizedTensor:
@@ -212,7 +214,9 @@ class FP8Tensor(QuantizedTensor):
                 raise ValueError("128x128 blocks are picked by a slice of whole blocks of a matrix")
             start, stop, _ = row.indices(self.shape[0])
             if start % FP8_BLOCK:
-                raise ValueError(f"a slice of 128x128 blocks starts at a multiple of 128, got {start}")
+                raise ValueError(
+                    f"a slice of 128x128 blocks starts at a multiple of 128, got {start}"
+                )
             return t[start // FP8_BLOCK : -(-max(stop, start) // FP8_BLOCK)]
         return super()._pick(name, t, index)
 

@@ -23,6 +23,19 @@ def _prepare(x, z, weight, group_size):
     return x, z, weight.to(acc).unflatten(-1, groups)
 
 
+def _inverse_rms(u: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(u.square().mean(-1, keepdim=True) + eps)
+
+
+def rms_statistics(
+    x: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool
+) -> Tensor:
+    """r of each group, (..., groups): what `norm_forward` multiplies u with."""
+    x, z, _ = _prepare(x, z, x.new_empty(x.shape[-1]), group_size)
+    u = x if z is None or norm_before_gate else x * silu(z)
+    return _inverse_rms(u, eps).squeeze(-1)
+
+
 def norm_forward(
     x: Tensor,
     z: Tensor | None,
@@ -36,7 +49,7 @@ def norm_forward(
     x, z, weight = _prepare(x, z, weight, group_size)
     gate = None if z is None else silu(z)
     u = x if z is None or norm_before_gate else x * gate
-    y = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + eps) * weight
+    y = u * _inverse_rms(u, eps) * weight
     if z is not None and norm_before_gate:
         y = y * gate
     return y.flatten(-2).to(dtype)
@@ -66,7 +79,7 @@ def norm_backward(
         sig = torch.sigmoid(z)
         gate, slope = z * sig, sig * (1 + z * (1 - sig))
     u = x * gate if gated_first else x
-    r = torch.rsqrt(u.square().mean(-1, keepdim=True) + eps)
+    r = _inverse_rms(u, eps)
     normed = u * r
     outer = dy * gate if gated_last else dy
     g = outer * weight
