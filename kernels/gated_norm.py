@@ -25,6 +25,11 @@ from tigon.kernels.launch import plan, target
 from tigon.kernels.ssd_common import INTERPRETED, narrow
 
 
+# Triton compiles 1 and multiples of 16 into programs of their own; these share one.
+WRITE_Y = tl.constexpr(2)
+WRITE_R = tl.constexpr(3)
+
+
 @triton.jit
 def load_chunk(ptr, base, row, mask, column):
     """(ROWS, BLOCK) fp32 piece, 0 outside; base (ROWS): where the rows begin."""
@@ -32,11 +37,23 @@ def load_chunk(ptr, base, row, mask, column):
 
 
 @triton.jit
+def silu(z, INTERPRETED: tl.constexpr):
+    """z sigmoid(z). csrc/common/math.cuh computes the same bits: on a GPU by the same instructions, and where both run
+    on a CPU from an exponential rounded from fp64, which does not depend on whose it is."""
+    if INTERPRETED:
+        e = tl.exp2((z * -1.4426950408889634).to(tl.float64)).to(tl.float32)
+        return z * (1 / (1 + e))
+    return z * tl.sigmoid(z)
+
+
+@triton.jit
 def gated_norm(
-    x_ptr, z_ptr, weight_ptr, y_ptr, rows, x_t, z_t, eps,
+    x_ptr, z_ptr, weight_ptr, y_ptr, r_ptr, outputs, rows, x_t, z_t, eps,
     GATE_LAST: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """outputs: WRITE_Y or WRITE_R (rows, GROUPS), known at run time only: one program sums in one order, whichever is
+    wanted, so that a quantizer that multiplies with r gets the bits of y."""
     GROUPS: tl.constexpr = D // SIZE
     CHUNKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
@@ -50,20 +67,22 @@ def gated_norm(
         x = load_chunk(x_ptr, row * x_t, row, mask, column)
         if z_ptr is not None:
             z = load_chunk(z_ptr, row * z_t, row, mask, column)
-            gate = z * tl.sigmoid(z)
+            gate = silu(z, UPCAST)
             if not GATE_LAST:
                 x *= gate
         square += tl.sum(x * x, 1)
     r = tl.rsqrt(square / SIZE + eps)
+    tl.store(r_ptr + row * GROUPS + group, r, mask=row < tl.where(outputs == WRITE_R, rows, 0))
+    wanted = row < tl.where(outputs == WRITE_Y, rows, 0)
     for chunk in tl.static_range(CHUNKS):
         place = chunk * BLOCK + tl.arange(0, BLOCK)
         column = group * SIZE + place
-        mask = (row < rows)[:, None] & (place < SIZE)[None, :]
+        mask = wanted[:, None] & (place < SIZE)[None, :]
         if CHUNKS > 1:
             x = load_chunk(x_ptr, row * x_t, row, mask, column)
             if z_ptr is not None:
                 z = load_chunk(z_ptr, row * z_t, row, mask, column)
-                gate = z * tl.sigmoid(z)
+                gate = silu(z, UPCAST)
                 if not GATE_LAST:
                     x *= gate
         weight = tl.load(weight_ptr + column, mask=place < SIZE, other=0.0).to(tl.float32)
@@ -185,16 +204,37 @@ def norm_forward(
 ) -> Tensor:
     """y like x."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not y.numel():
-        return y
+    if y.numel():
+        unused = torch.empty(1, dtype=torch.float32, device=x.device)
+        _launch(WRITE_Y, x, z, weight, y, unused, eps, group_size, norm_before_gate)
+    return y
+
+
+def rms_statistics(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Tensor:
+    """r (m, groups) fp32 of x (m,d), the bits that `norm_forward` with the same arguments multiplies with."""
+    r = torch.empty(x.shape[0], x.shape[1] // group_size, dtype=torch.float32, device=x.device)
+    if r.numel():
+        unused = torch.empty(1, dtype=x.dtype, device=x.device)
+        _launch(WRITE_R, x, z, weight, unused, r, eps, group_size, norm_before_gate)
+    return r
+
+
+def _launch(outputs, x, z, weight, y, r, eps, group_size, norm_before_gate) -> None:
     x, z = _rows(x), _rows(z)
     t, d = x.shape
     gate_last = z is not None and norm_before_gate
     config, options = _options("gated_rms_norm", x, group_size, gate_last)
     gated_norm[(triton.cdiv(t, config.rows) * (d // group_size),)](
-        x, z, weight, y, t, x.stride(0), 0 if z is None else z.stride(0), eps, **options
-    )
-    return y
+        x, z, weight, y, r, outputs.value, t,
+        x.stride(0), 0 if z is None else z.stride(0), eps, **options,
+    )  # fmt: skip
 
 
 def norm_backward(

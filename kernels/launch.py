@@ -278,4 +278,5 @@ PLANNERS: dict[str, Callable[..., dict[str, object]]] = {
     "gated_rms_norm": plan_gated_rms_norm,
     "gated_rms_norm_backward": partial(plan_gated_rms_norm, backward=True),
     "rms_norm": plan_gated_rms_norm,
+    "rms_statistics": plan_gated_rms_norm,
 }

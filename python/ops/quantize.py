@@ -60,11 +60,11 @@ Prologue = Literal["relu2"] | RMSNorm | GatedRMSNorm | None
 _PROLOGUE = "Tensor x, Tensor? z, Tensor? weight, Tensor? rstd, str prologue"
 
 
-def _statistics(x, z, eps, group_size, norm_before_gate):
-    return run("rms_statistics", x, x, z, eps, group_size, norm_before_gate)
+def _statistics(x, *rest):
+    return run("rms_statistics", x, x, *rest)
 
 
-def _statistics_fake(x, z, eps, group_size, norm_before_gate):
+def _statistics_fake(x, z, weight, eps, group_size, norm_before_gate):
     return x.new_empty((x.shape[0], x.shape[1] // group_size), dtype=torch.float32)
 
 
@@ -147,7 +147,7 @@ def fp8_scale_shape(lead: tuple[int, ...], width: int, granularity: str) -> tupl
 
 
 register(
-    "rms_statistics(Tensor x, Tensor? z, float eps, int group_size, bool norm_before_gate) -> Tensor",
+    "rms_statistics(Tensor x, Tensor? z, Tensor weight, float eps, int group_size, bool norm_before_gate) -> Tensor",
     _statistics,
     _statistics_fake,
 )
@@ -236,7 +236,8 @@ class _Input:
         z = None if z is None else self._matrix("prologue.z", z)
         kind = "norm" if z is None else "gate_last" if last else "gate_first"
         weight = inner("prologue.weight", weight, 1)
-        return z, weight, torch.ops.tigon.rms_statistics(self.x, z, float(eps), size, last), kind
+        rstd = torch.ops.tigon.rms_statistics(self.x, z, weight, float(eps), size, last)
+        return z, weight, rstd, kind
 
     def call(self, *options):
         sizes = {"m": self.m, "k": self.k, "itemsize": self.x.element_size()}

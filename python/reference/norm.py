@@ -28,10 +28,15 @@ def _inverse_rms(u: Tensor, eps: float) -> Tensor:
 
 
 def rms_statistics(
-    x: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
 ) -> Tensor:
-    """r of each group, (..., groups): what `norm_forward` multiplies u with."""
-    x, z, _ = _prepare(x, z, x.new_empty(x.shape[-1]), group_size)
+    """r of each group, (..., groups): what `norm_forward` with the same arguments multiplies u with."""
+    x, z, _ = _prepare(x, z, weight, group_size)
     u = x if z is None or norm_before_gate else x * silu(z)
     return _inverse_rms(u, eps).squeeze(-1)
 
