@@ -1,22 +1,26 @@
 """`tigon.modules`: the layers of hybrid models. Parameters live here; the arithmetic is `tigon.ops`'s."""
 
 from tigon.modules.attention import Attention
+from tigon.modules.fp8_linear import FP8Linear
 from tigon.modules.linear import Linear
 from tigon.modules.mamba2 import Mamba2
 from tigon.modules.mlp import MLP
 from tigon.modules.norm import GatedRMSNorm, RMSNorm
+from tigon.modules.nvfp4_linear import NVFP4Linear
 from tigon.modules.sharding import fully_shard
 from tigon.modules.state import KVCache, Lengths, MambaCache
 
 __all__ = [
     "MLP",
     "Attention",
+    "FP8Linear",
     "GatedRMSNorm",
     "KVCache",
     "Lengths",
     "Linear",
     "Mamba2",
     "MambaCache",
+    "NVFP4Linear",
     "RMSNorm",
     "fully_shard",
 ]

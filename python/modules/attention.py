@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tigon.modules.attention_tiles import attend_tiled
-from tigon.modules.linear import Linear
+from tigon.modules.linear import Linear, activation_dtype
 from tigon.modules.state import KVCache, Lengths, check_feed
 from tigon.ops.dispatch import is_batch_invariant
 
@@ -128,14 +128,12 @@ class Attention(nn.Module):
         lengths: Lengths | None = None,
     ) -> KVCache:
         """Room for `max_length` tokens in each of `slots`; `lengths` is shared by the layers of a model."""
-        weight = self.k_proj.weight
-        device = weight.device if device is None else device
+        device = self.k_proj.weight.device if device is None else device
+        dtype = dtype or activation_dtype(self.k_proj)
         if lengths is None:
             lengths = Lengths(torch.zeros(slots, dtype=torch.int64, device=device), max_length)
         shape = (slots, max_length + 1, self.num_kv_heads, self.head_dim)
-        keys, values = (
-            torch.zeros(shape, dtype=dtype or weight.dtype, device=device) for _ in range(2)
-        )
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return KVCache(keys, values, lengths)
 
     def forward(

@@ -27,6 +27,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.cat(tiles)[:count].unflatten(0, x.shape[:-1])
 
 
+def activation_dtype(layer: nn.Linear) -> torch.dtype:
+    """The dtype that a Linear computes for: its weight's, unless that is codes (`QuantizedLinear.dtype`)."""
+    return getattr(layer, "dtype", layer.weight.dtype)
+
+
 class Linear(nn.Linear):
     """torch's Linear, with `linear` above as its product."""
 

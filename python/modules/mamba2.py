@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tigon.modules.linear import Linear
+from tigon.modules.linear import Linear, activation_dtype
 from tigon.modules.norm import GatedRMSNorm
 from tigon.modules.state import MambaCache, check_feed, read_slots, write_slots
 from tigon.ops import causal_conv1d, causal_conv1d_update, ssd_scan, ssd_update
@@ -159,11 +159,9 @@ class Mamba2(nn.Module):
         device: torch.device | str | None = None,
     ) -> MambaCache:
         """Zeroed states for `slots` sequences: conv in `dtype` (the weights' if None), ssm in `ssm_dtype`."""
-        weight = self.in_proj.weight
-        device = weight.device if device is None else device
-        conv = torch.zeros(
-            slots, self.conv_dim, self.d_conv - 1, dtype=dtype or weight.dtype, device=device
-        )
+        device = self.in_proj.weight.device if device is None else device
+        dtype = dtype or activation_dtype(self.in_proj)
+        conv = torch.zeros(slots, self.conv_dim, self.d_conv - 1, dtype=dtype, device=device)
         ssm = torch.zeros(
             slots, self.nheads, self.headdim, self.d_state, dtype=ssm_dtype, device=device
         )

@@ -1,16 +1,19 @@
-"""FSDP2 for modules that hold Mamba-2 layers.
+"""FSDP2 for modules that hold Mamba-2 layers or quantized weights.
 
-`MixedPrecisionPolicy(param_dtype=bf16)` casts every parameter of a group, A_log, D and dt_bias too, and a bf16 A_log
-puts the decay rate off by up to 0.5 %. Here these three form a group of their own that keeps the dtype it is stored in.
+`MixedPrecisionPolicy(param_dtype=bf16)` casts every parameter of a group. A bf16 A_log puts the decay rate off by up to
+0.5 %, and FP8 codes cast to bf16 lose their meaning. Here A_log, D and dt_bias, and the frozen quantized layers, form
+groups of their own that keep the dtypes they are stored in.
 """
 
 from torch import nn
 
 from tigon.modules.mamba2 import Mamba2
+from tigon.modules.quantized_linear import QuantizedLinear
 
 
 def fully_shard(module: nn.Module, *, mp_policy=None, **options) -> nn.Module:
-    """torch's `fully_shard`, but A_log, D and dt_bias of the Mamba2 layers inside `module` keep their dtype.
+    """torch's `fully_shard`, but A_log, D and dt_bias of the Mamba2 layers inside `module`, and all of the frozen
+    FP8Linear and NVFP4Linear ones, keep their dtypes.
 
     Shard blocks first, then the model, as with torch's own. options: mesh, reshard_after_forward, offload_policy.
     """
@@ -21,10 +24,20 @@ def fully_shard(module: nn.Module, *, mp_policy=None, **options) -> nn.Module:
     as_stored = MixedPrecisionPolicy(
         reduce_dtype=mp_policy.reduce_dtype, cast_forward_inputs=False, output_dtype=None
     )
+    frozen = [m for m in module.modules() if isinstance(m, QuantizedLinear) and m.frozen]
+    frozen = [m for m in frozen if not _is_sharded(m)]
+    if frozen and mp_policy.param_dtype is not None:
+        shard(frozen, mp_policy=as_stored, **options)
     for layer in [m for m in module.modules() if isinstance(m, Mamba2)]:
-        if not hasattr(layer, "set_requires_all_reduce"):  # FSDP2 has not seen it yet
-            shard(list(layer.children()), mp_policy=mp_policy, **options)
+        if not _is_sharded(layer):
+            children = [child for child in layer.children() if not _is_sharded(child)]
+            shard(children, mp_policy=mp_policy, **options)
             shard(layer, mp_policy=as_stored, **options)
-    if isinstance(module, Mamba2):
+    if _is_sharded(module):
         return module
     return shard(module, mp_policy=mp_policy, **options)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 has seen it."""
+    return hasattr(module, "set_requires_all_reduce")
