@@ -24,7 +24,6 @@ from torch import Tensor
 from tigon.kernels.launch import plan, target
 from tigon.kernels.ssd_common import INTERPRETED, narrow
 
-
 # Triton compiles 1 and multiples of 16 into programs of their own; these share one.
 WRITE_Y = tl.constexpr(2)
 WRITE_R = tl.constexpr(3)

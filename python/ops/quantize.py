@@ -293,7 +293,7 @@ def quantize_nvfp4(
         hadamard: (16,) signs s: blocks are multiplied with diag(s) H16 / 4 along the contraction before they are
             quantized. With axis="both" only the column-wise copy is. Not for 16x16 blocks.
         amax: the largest magnitude, after prologue and Hadamard, where it is known: fp32 (), for axis="row" also one a
-            row (m), for "both" (2). "row": every row gets a tensor scale of its own. None: found here.
+            row (m), for "both" also one a copy (2). "row": every row gets a tensor scale of its own. None: found here.
         four_over_six: per block, map its largest element to 6 or to 4, whichever has the smaller absolute or squared
             error (ties: 6); the tensor scale is then amax/1536. Only with rounding="nearest".
         axis: blocks along K ("row"), along the rows ("column": the quantized transpose, shape (K, M)), or both from
@@ -367,8 +367,11 @@ def _amax(given: _Input, amax, square: bool) -> tuple[bool, Tensor | None]:
         check.sizes["m"], check.source["m"] = given.m, "x"
         check.tensor("amax", amax, "m", dtypes=(torch.float32,))
         return True, amax.contiguous()
-    check.tensor("amax", amax, "2" if both else "", dtypes=(torch.float32,))
-    return False, amax.contiguous()
+    if both:
+        check.one_of("amax", amax, "", "2", dtypes=(torch.float32,))
+        return False, amax.expand(2).contiguous()
+    check.tensor("amax", amax, "", dtypes=(torch.float32,))
+    return False, amax
 
 
 def make_seed(check: Check, seed: int | Tensor | None, device: torch.device) -> Tensor:
