@@ -12,20 +12,22 @@ Sources: "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149), appe
 "Four Over Six" (arXiv 2512.02010). The order of operations is TransformerEngine's.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tigon.reference import e2m1
 from tigon.reference.elementwise import silu
 from tigon.reference.philox import rounding_bytes
 
 FLT_MAX = torch.finfo(torch.float32).max
-E2M1_MAX, E4M3_MAX, E5M2_MAX = 6.0, 448.0, 57344.0
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # What 6 x (largest block scale) is made to be: four-over-six leaves room for a block scale of 1.5 times, unbiased
 # rounding for block scales that E4M3 rounds down by up to 1/17.
 RANGE = {"": 2688.0, "mae": 1536.0, "mse": 1536.0}
 HEADROOM = 16 / 17
+CHUNK = 2**17  # elements worked on at a time, so that what they become stays in a core's cache
 
 
 def _f32(value: float, like: Tensor) -> Tensor:
@@ -35,11 +37,11 @@ def _f32(value: float, like: Tensor) -> Tensor:
 def prologue_output(
     x: Tensor, z: Tensor | None, weight: Tensor | None, rstd: Tensor | None, prologue: str
 ) -> Tensor:
-    """What is quantized, fp32 (m,k): the prologue's result, rounded to x's dtype as its own op would."""
+    """What is quantized, (m,k) in x's dtype: the prologue's result, rounded as its own op would."""
     if prologue == "none":
-        return x.float()
+        return x
     if prologue == "relu2":
-        return F.relu(x.float()).square().to(x.dtype).float()
+        return F.relu(x.float()).square().to(x.dtype)
     groups = (rstd.shape[1], -1)
     u = x.float().unflatten(-1, groups)
     gate = None if z is None else silu(z.float().unflatten(-1, groups))
@@ -48,7 +50,7 @@ def prologue_output(
     y = u * rstd[..., None] * weight.float().unflatten(-1, groups)
     if prologue == "gate_last":
         y = y * gate
-    return y.flatten(-2).to(x.dtype).float()
+    return y.flatten(-2).to(x.dtype)
 
 
 def hadamard_16(y: Tensor, signs: Tensor) -> Tensor:
@@ -66,12 +68,25 @@ def pad_to(y: Tensor, *multiples: int) -> Tensor:
     return F.pad(y, widths) if any(widths) else y
 
 
+def chunks(y: Tensor) -> Iterator[slice]:
+    """Slices of the rows of y, CHUNK elements or so each and a multiple of 128 rows; none if y is empty."""
+    rows = max(1, CHUNK // max(1, y.shape[1] * 128)) * 128
+    return (slice(i, i + rows) for i in range(0, y.shape[0] if y.numel() else 0, rows))
+
+
 def largest(y: Tensor, *dims: int) -> Tensor:
     """max |y| over the dimensions (all if none); 0 of nothing, NaN if there is one."""
     if not y.numel():
         keep = [s for i, s in enumerate(y.shape) if dims and i not in [d % y.dim() for d in dims]]
         return y.new_zeros(keep)
+    if not dims:  # one read, and no |y|
+        return torch.stack(torch.aminmax(y)).abs().amax()
     return y.abs().amax(dims)
+
+
+def block_largest(y: Tensor, size: int) -> Tensor:
+    """max |y| of blocks of `size` along the last dimension of y (m,k). A pooling is several times faster than amax."""
+    return F.max_pool1d(y.abs(), size)
 
 
 def to_fp8(v: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,79 +117,68 @@ def _encode_scales(g: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     return s_enc, torch.where(g == 0, 1.0, torch.clamp(g / most, min=1 / FLT_MAX))
 
 
-def _e2m1_nearest(a: Tensor) -> Tensor:
-    """Code of a magnitude in [0, 6], ties to the even code: a grid of 0.5 below 2, of 1 below 4, of 2 above."""
-    code = torch.where(a < 4, torch.round(a) + 2, torch.round(a * 0.5) + 4)
-    return torch.where(a < 2, torch.round(a * 2), code)
-
-
-def _step(a: Tensor) -> Tensor:
-    return torch.where(a < 2, 0.5, torch.where(a < 4, 1.0, 2.0))
-
-
-def _e2m1_stochastic(a: Tensor, bits: Tensor) -> Tensor:
-    """Code of a magnitude in [0, 6] after adding bits/256 of a grid step and cutting to the grid."""
-    t = a + bits * (_step(a) / 256)
-    step = _step(t)
-    return _e2m1_nearest((torch.floor(t / step) * step).clamp(max=E2M1_MAX))
-
-
-def _e2m1(v: Tensor, bits: Tensor | None) -> Tensor:
-    """uint8 codes of v (clamped to +-6), nearest or with random bytes. NaN is 7 (+6), as hardware has it."""
-    a = v.abs().clamp(max=E2M1_MAX)
-    code = _e2m1_nearest(a) if bits is None else _e2m1_stochastic(a, bits)
-    code = torch.where(v.isnan(), 7, code + torch.signbit(v) * 8)
-    return code.to(torch.uint8)
-
-
 def _multiplier(s: Tensor, s_enc: Tensor) -> Tensor:
     return (1 / (s.float() * (1 / s_enc))).clamp(max=FLT_MAX)
 
 
 def _block_error(y: Tensor, s: Tensor, s_enc: Tensor, mode: str, square: bool) -> Tensor:
-    """The error of blocks (…,16) quantized with s, summed in the order of the kernel: along 16 neighbours one by
-    one, then over a tile's 16 rows as a binary tree."""
-    code = _e2m1(y * _multiplier(s, s_enc), None)
-    d = y - _decode(code) * s.float() * (1 / s_enc)
-    d = d.abs() if mode == "mae" else d * d
-    error = d[..., 0]
-    for j in range(1, 16):
-        error = error + d[..., j]
+    """The error (m, k/16) of the blocks of y (m, k/16, 16) quantized with s, summed in the order of the kernel: along
+    16 neighbours one by one, then over a tile's 16 rows as a binary tree."""
+    q = e2m1.rounded(y * _multiplier(s, s_enc)[..., None])
+    d = y - q * s.float()[..., None] * (1 / s_enc)[..., None]
+    d = d.abs_() if mode == "mae" else d.square_()
+    error, *others = d.movedim(-1, 0).contiguous()
+    for one in others:
+        error = error + one
     if square:  # (rows / 16, 16, blocks)
         tree = error.unflatten(0, (-1, 16))
         while tree.shape[1] > 1:
             tree = tree[:, ::2] + tree[:, 1::2]
-        error = tree.expand(-1, 16, -1).flatten(0, 1)
-    return error[..., None]
+        error = _spread_rows(tree)
+    return error
 
 
-def _decode(code: Tensor) -> Tensor:
-    """fp32 values of 4-bit codes."""
-    table = torch.tensor([*E2M1, *(-v for v in E2M1)], device=code.device)
-    return table[code.int()]
+def _spread_rows(tile: Tensor) -> Tensor:
+    """(m/16, 1, blocks) -> (m, blocks): what a tile of 16 rows shares."""
+    return tile.expand(-1, 16, -1).flatten(0, 1)
+
+
+def _nvfp4_rows(y, s_enc, sixth, bits, square, four_over_six) -> tuple[Tensor, Tensor]:
+    """(codes (m, k/2), scale (m, k/16)) of y (m,k) fp32. s_enc () or (m,1); sixth: what b s_enc is multiplied by."""
+    b = block_largest(y, 16)
+    if square:
+        b = _spread_rows(b.unflatten(0, (-1, 16)).amax(1, keepdim=True))
+    p = b * (s_enc * sixth)
+    s = to_fp8(p, torch.float8_e4m3fn)
+    y = y.unflatten(-1, (-1, 16))
+    if four_over_six:
+        s4 = to_fp8(p * 1.5, torch.float8_e4m3fn)
+        e6 = _block_error(y, s, s_enc, four_over_six, square)
+        e4 = _block_error(y, s4, s_enc, four_over_six, square)
+        s = torch.where(e4 < e6, s4.float(), s.float()).to(torch.float8_e4m3fn)
+    v = y * _multiplier(s, s_enc)[..., None]
+    codes = e2m1.pack(e2m1.encode(v.flatten(-2), bits))
+    # v is NaN where the block's scale is (there is a NaN in the block or in the amax). Such codes are 7, +6.
+    nan = (s.view(torch.uint8) == 0x7F)[..., None]
+    return codes.unflatten(-1, (-1, 8)).masked_fill_(nan, 0x77).flatten(-2), s
 
 
 def _nvfp4(y: Tensor, g: Tensor, bits, square, rounding, four_over_six) -> tuple[Tensor, ...]:
     """(codes (m, k/2), scale (m, k/16), tensor scale) of y (m,k), k a multiple of 16 (and m, if square)."""
     unbiased = rounding == "stochastic_unbiased"
     most = _f32(RANGE[four_over_six] * (HEADROOM if unbiased else 1), y)
+    sixth = _f32(17 / 96 if unbiased else 1 / 6, y)
     s_enc, tensor_scale = _encode_scales(g, most)
-    s_enc = s_enc[:, None, None] if s_enc.dim() else s_enc
-    y = y.unflatten(-1, (-1, 16))
-    b = y.abs().amax(-1, keepdim=True)
-    if square:
-        b = b.unflatten(0, (-1, 16)).amax(1, keepdim=True).expand(-1, 16, -1, -1).flatten(0, 1)
-    p = b * (s_enc * _f32(17 / 96 if unbiased else 1 / 6, y))
-    s = to_fp8(p, torch.float8_e4m3fn)
-    if four_over_six:
-        s4 = to_fp8(p * 1.5, torch.float8_e4m3fn)
-        e6 = _block_error(y, s, s_enc, four_over_six, square)
-        e4 = _block_error(y, s4, s_enc, four_over_six, square)
-        s = torch.where(e4 < e6, s4.float(), s.float()).to(torch.float8_e4m3fn)
-    bits = None if bits is None else bits.unflatten(-1, (-1, 16))
-    code = _e2m1(y * _multiplier(s, s_enc), bits).flatten(-2)
-    codes = code[:, ::2] | code[:, 1::2] << 4
-    return codes, s.squeeze(-1).contiguous(), tensor_scale
+    m, k = y.shape
+    codes = y.new_empty((m, k // 2), dtype=torch.uint8)
+    scale = y.new_empty((m, k // 16), dtype=torch.float8_e4m3fn)
+    for rows in chunks(y):
+        own = s_enc[rows, None] if s_enc.dim() else s_enc
+        random = None if bits is None else bits[rows]
+        codes[rows], scale[rows] = _nvfp4_rows(
+            y[rows].float(), own, sixth, random, square, four_over_six
+        )
+    return codes, scale, tensor_scale
 
 
 def quantize_nvfp4(
@@ -219,11 +223,11 @@ def quantize_nvfp4(
             v, bits = y.T.contiguous(), None if bits is None else bits.T.contiguous()
         count = v.shape[0]
         v = pad_to(v, 16 if square else 1, 16)
-        bits = None if bits is None else pad_to(bits, 1, 16)
+        bits = None if bits is None else pad_to(bits, 16 if square else 1, 16)
         if hadamard is not None and (stream == 1 or not column):
-            v = hadamard_16(v, hadamard)
+            v = hadamard_16(v.float(), hadamard)
         if amax is None:
-            g = largest(v, -1) if per_row else largest(v)
+            g = (largest(v, -1) if per_row else largest(v)).float()
         else:
             g = amax[stream] if row and column else amax
         codes, scale, tensor_scale = _nvfp4(v, g, bits, square, rounding, four_over_six)
@@ -275,7 +279,7 @@ def quantize_mxfp8(
     results = []
     for wanted, v in ((row, y), (column, y.T)):
         if wanted:
-            codes, scale = _mxfp8(v, dtype)
+            codes, scale = _mxfp8(v.float(), dtype)
             results += [codes, swizzle(scale) if swizzled else scale]
         else:
             results += [x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=torch.uint8)]
@@ -295,6 +299,13 @@ def _spread(scale: Tensor, granularity: str, m: int, k: int) -> Tensor:
         return scale[:, None]
     high, wide = _fp8_blocks(granularity)
     return scale.repeat_interleave(high, 0)[:m].repeat_interleave(wide, 1)[:, :k]
+
+
+def _rows_of(scale: Tensor, rows: slice, format: str) -> Tensor:
+    """The scales of a slice of rows that starts at a multiple of 128."""
+    if format == "fp8-128x128":
+        return scale[rows.start // 128 : -(-rows.stop // 128)]
+    return scale[rows] if scale.dim() else scale
 
 
 def _fp8(y, amax, granularity, dtype, power_of_two) -> tuple[Tensor, Tensor]:
@@ -339,7 +350,7 @@ def quantize_fp8(
     results = []
     for wanted, v in ((row, y), (column, y.T)):
         if wanted:
-            results += _fp8(v.contiguous(), amax, granularity, dtype, power_of_two)
+            results += _fp8(v.float().contiguous(), amax, granularity, dtype, power_of_two)
         else:
             results += [x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=torch.float32)]
     return tuple(results)
@@ -351,8 +362,9 @@ def block_values(codes: Tensor, scale: Tensor, format: str, k: int, swizzled: bo
     if format == "nvfp4":
         if swizzled:
             scale = unswizzle(scale, m, -(-k // 16))
-        values = _decode(torch.stack([codes & 15, codes >> 4], -1).flatten(-2))
-        return (values.unflatten(-1, (-1, 16)) * scale.float()[..., None]).flatten(-2)[:, :k]
+        values = e2m1.decode(codes)
+        values.unflatten(-1, (-1, 16)).mul_(scale.float()[..., None])
+        return values[:, :k]
     values = codes.float()
     if format == "mxfp8":
         if swizzled:
@@ -373,8 +385,13 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """(m,k) of `dtype`. format: "nvfp4", "mxfp8", "fp8-tensor", "fp8-row", "fp8-1x128", "fp8-128x128"."""
-    values = block_values(codes, scale, format, k, swizzled)
+    if swizzled:
+        scale = unswizzle(scale, codes.shape[0], -(-k // (16 if format == "nvfp4" else 32)))
     outer = {"nvfp4": tensor_scale, "fp8-tensor": scale, "fp8-row": scale}.get(format)
-    if outer is not None:
-        values = values * (outer[:, None] if outer.dim() else outer)
-    return values.to(dtype)
+    out = codes.new_empty((codes.shape[0], k), dtype=dtype)
+    for rows in chunks(out):
+        values = block_values(codes[rows], _rows_of(scale, rows, format), format, k, False)
+        if outer is not None:
+            values = values.mul_(outer[rows, None] if outer.dim() else outer)
+        out[rows] = values
+    return out
