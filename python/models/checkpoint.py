@@ -2,17 +2,28 @@
 
 Names on disk are `backbone.…` and `lm_head.weight`; transformers 5 writes `model.…`; old files have `embedding` for
 `embeddings`. All headers are compared with the model before any tensor is read; then one shard is open at a time.
+Quantized checkpoints: tigon.integrations.modelopt.
 """
 
 import json
 import re
 import warnings
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from tigon.integrations.modelopt import (
+    Expected,
+    Layout,
+    format_of,
+    same_shape,
+    warn_of,
+    write_config,
+)
+from tigon.integrations.modelopt import layout as layout_of
 from tigon.models.config import HybridConfig
 
 INDEX = "model.safetensors.index.json"
@@ -37,27 +48,32 @@ def _shards(path: Path) -> list[Path]:
     return files
 
 
-def _compare(model: nn.Module, shards: list[Path], tied: bool) -> dict[str, str]:
-    """Stored name -> own name of every tensor to read, or one error that names all that is wrong."""
+def _compare(
+    expected: dict[str, Expected], shards: list[Path], rename: Callable[[str], str], layout: Layout
+) -> tuple[dict[str, str], int]:
+    """Stored name -> own name of every tensor to read, or one error that names all that is wrong.
+
+    Also how many tensors are left out because the model has no place for them.
+    """
     from safetensors import safe_open
 
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    found, unknown, misshapen, skipped = {}, [], [], []
+    found, unknown, misshapen, skipped, mtp = {}, [], [], 0, 0
     for shard in shards:
         with safe_open(shard, "pt") as f:
             for stored in f.keys():  # noqa: SIM118 (not a dict)
-                own, shape = _own_name(stored), tuple(f.get_slice(stored).get_shape())
-                if own not in expected:
-                    (skipped if stored.startswith("mtp.") else unknown).append(stored)
-                elif shape != expected[own]:
-                    misshapen.append(f"{stored} has shape {shape}, expected {expected[own]}")
-                else:
+                own, piece = layout.own_name(rename(stored)), f.get_slice(stored)
+                if own in expected:
                     found[stored] = own
-    missing = sorted(
-        set(expected) - set(map(_own_name, [*found, *(m.split()[0] for m in misshapen)]))
-    )
-    if tied:
-        missing = [name for name in missing if name != "lm_head.weight"]
+                    fault = _fault(expected[own], tuple(piece.get_shape()), piece.get_dtype())
+                    misshapen += [f"{stored} has {fault}"] if fault else []
+                elif stored.startswith("mtp."):
+                    mtp += 1
+                elif layout.skips(own):
+                    skipped += 1
+                else:
+                    unknown.append(stored)
+    needed = {name for name, (_, _, optional) in expected.items() if not optional}
+    missing = sorted(needed - set(found.values()))
     problems = [
         f"{kind}: {', '.join(names)}"
         for kind, names in (("unknown", unknown), ("missing", missing), ("misshapen", misshapen))
@@ -65,12 +81,55 @@ def _compare(model: nn.Module, shards: list[Path], tied: bool) -> dict[str, str]
     ]
     if problems:
         raise ValueError(f"from_pretrained: {shards[0].parent}: {'; '.join(problems)}")
-    if skipped:
+    if mtp:
         warnings.warn(
-            f"from_pretrained: {len(skipped)} tensors of the multi-token prediction head (mtp.*) are not loaded",
-            stacklevel=4,
+            f"from_pretrained: {mtp} tensors of the multi-token prediction head (mtp.*) are not loaded",
+            stacklevel=5,
         )
-    return found
+    return found, skipped
+
+
+def _fault(expected: Expected, shape: tuple[int, ...], dtype: str) -> str | None:
+    """What about a stored tensor is not as expected; of a quantized layer's the dtype counts too."""
+    if expected[1] is None:
+        return None if shape == expected[0] else f"shape {shape}, expected {expected[0]}"
+    if same_shape(shape, expected[0]) and dtype == expected[1]:
+        return None
+    return f"dtype {dtype} and shape {shape}, expected {expected[1]} and {expected[0]}"
+
+
+def read_into(
+    model: nn.Module,
+    path: Path,
+    layout: Layout,
+    rename: Callable[[str], str],
+    *,
+    tied: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Install the layout's frozen layers, compare all headers, then read one shard at a time.
+
+    tied: whether lm_head.weight may be absent. dtype: of unquantized tensors; None keeps each tensor's own.
+    """
+    from safetensors import safe_open
+
+    shards = _shards(path)
+    layout.install(model, dtype)
+    expected = layout.expected(model)
+    if tied:
+        expected["lm_head.weight"] = (*expected["lm_head.weight"][:2], True)
+    names, skipped = _compare(expected, shards, rename, layout)
+    warn_of(layout, set(names.values()), skipped, path)
+    device = torch.device("cpu" if device is None else device)
+    for shard in shards:
+        with safe_open(shard, "pt", device=str(device)) as f:
+            for stored in f.keys():  # noqa: SIM118
+                if stored in names:
+                    own = names[stored]
+                    value = layout.convert(own, f.get_tensor(stored))
+                    _put(model, own, value if expected[own][1] else value.to(dtype))
+    return model
 
 
 def load(
@@ -80,42 +139,53 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ):
-    """A `cls` (HybridLM) with the checkpoint's weights.
+    """A `cls` (HybridLM) with the checkpoint's weights; layers that nvidia-modelopt or compressed-tensors quantized
+    become frozen `FP8Linear` and `NVFP4Linear` (see `tigon.integrations.modelopt`).
 
     Args:
-        path: the folder. device: where the weights go. dtype: to convert to; None keeps each tensor's own.
+        path: the folder. device: where the weights go. dtype: to convert unquantized tensors to; None keeps each
+            tensor's own.
 
     Raises:
         FileNotFoundError: config.json or a shard, by name.
-        ValueError: unknown, missing and misshapen tensors, all named; an option that the model does not have.
+        ValueError: unknown, missing and misshapen tensors, all named; an option that the model does not have, a
+            quantization that is not supported.
     """
-    from safetensors import safe_open
-
     path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"from_pretrained: no such file: {path / 'config.json'}")
-    config = HybridConfig.from_dict(json.loads((path / "config.json").read_text()))
-    model = cls(config, device="meta")
-    shards = _shards(path)
-    names = _compare(model, shards, config.tie_word_embeddings)
-    device = torch.device("cpu" if device is None else device)
-    for shard in shards:
-        with safe_open(shard, "pt", device=str(device)) as f:
-            for stored in f.keys():  # noqa: SIM118
-                if stored in names:
-                    _put(model, names[stored], f.get_tensor(stored).to(dtype))
-    if config.tie_word_embeddings:
+    settings = json.loads((path / "config.json").read_text())
+    config = HybridConfig.from_dict(settings)
+    layout = layout_of(path, settings, _own_name)
+    model = cls(config, device="meta", dtype=dtype or _dtype(settings))
+    tied = config.tie_word_embeddings
+    if tied and layout.config.of("lm_head") is not None:
+        raise ValueError(f"{path}: lm_head is quantized and cannot be tied to the embeddings")
+    read_into(model, path, layout, _own_name, tied=tied, device=device, dtype=dtype)
+    if tied:
         _check_tied(model)
         model.tie_weights()
     return model
 
 
+def _dtype(settings: dict) -> torch.dtype | None:
+    """What config.json says that the weights are stored in."""
+    name = settings.get("dtype") or settings.get("torch_dtype")
+    return getattr(torch, name, None) if isinstance(name, str) else None
+
+
 def _put(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Replace a meta parameter, keeping its marks (`_no_weight_decay`)."""
+    """Replace a parameter or buffer, keeping a parameter's marks (`_no_weight_decay`)."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    parameter = nn.Parameter(value, requires_grad=value.is_floating_point())
-    parameter.__dict__.update(getattr(module, leaf).__dict__)
+    if leaf in module._buffers:  # a scale of one value; how many ones its shape had does not matter
+        setattr(
+            module, leaf, value.reshape(()) if value.numel() == 1 and "scale" in leaf else value
+        )
+        return
+    old = getattr(module, leaf)
+    parameter = nn.Parameter(value.reshape(old.shape), requires_grad=old.requires_grad)
+    parameter.__dict__.update(old.__dict__)
     setattr(module, leaf, parameter)
 
 
@@ -149,8 +219,16 @@ def _group(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return groups
 
 
+def _plain_dtype(model: nn.Module) -> torch.dtype:
+    """Of the weights that are not codes or scales; lm_head's if it is plain."""
+    quantized = {id(p) for m in model.modules() if format_of(m) for p in m.parameters()}
+    plain = [p for p in model.parameters() if id(p) not in quantized]
+    return plain[-1].dtype if plain else torch.float32
+
+
 def save(model: nn.Module, path: str | PathLike, *, max_shard_size: int | str = "5GB") -> None:
-    """Write config.json and safetensors under the on-disk names; one shard's tensors are on the CPU at a time.
+    """Write config.json and safetensors under the on-disk names; one shard's tensors are on the CPU at a time. Frozen
+    layers are written in nvidia-modelopt's layout, with hf_quant_config.json.
 
     max_shard_size: bytes, or "5GB", "500MB", "1GiB". A tied lm_head is written too: not every reader ties.
     """
@@ -174,6 +252,7 @@ def save(model: nn.Module, path: str | PathLike, *, max_shard_size: int | str = 
         total = sum(t.numel() * t.element_size() for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    dtype = str(_plain_dtype(model)).removeprefix("torch.")
     config = model.config.to_dict() | {"dtype": dtype, "torch_dtype": dtype}
+    config |= write_config(model, path)
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")

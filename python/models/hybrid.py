@@ -194,6 +194,10 @@ class HybridLM(nn.Module):
         ssm_dtype = getattr(torch, self.config.mamba_ssm_cache_dtype)
         mixers = [layer.mixer for layer in self.backbone.layers]
         device = self.lm_head.weight.device
+        if dtype is None:
+            dtype = (
+                self.backbone.norm_f.weight.dtype
+            )  # a quantized layer's weight has no dtype to go by
         return HybridCache(
             mixers, slots, max_length, dtype=dtype, ssm_dtype=ssm_dtype, device=device
         )
@@ -202,7 +206,7 @@ class HybridLM(nn.Module):
     def from_pretrained(
         cls, path: str | PathLike, *, device: Device = None, dtype: torch.dtype | None = None
     ) -> "HybridLM":
-        """Read a NemotronH checkpoint; see `tigon.models.checkpoint.load`."""
+        """Read a NemotronH checkpoint, quantized or not; see `tigon.models.checkpoint.load`."""
         from tigon.models.checkpoint import load
 
         return load(cls, path, device=device, dtype=dtype)
