@@ -37,6 +37,7 @@ _rooms = {
         "explain",
     ),
     "tigon.integrations": ("patch", "unpatch"),
+    "tigon.modules.recipe": ("Recipe", "calibrate", "quantize"),
 }
 _homes = {name: room for room, names in _rooms.items() for name in names}
 _submodules = ("integrations", "models", "modules", "ops")

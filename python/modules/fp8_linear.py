@@ -78,7 +78,7 @@ class FP8Linear(QuantizedLinear):
         scaling: "tensor", "row", "block" or "mxfp8".
         gradient_dtype: of dy's codes, float8_e4m3fn if None, or float8_e5m2.
         frozen: hold the weight as codes, for inference or beside an adapter: gradients reach x, not the weight. x's
-            scales are found at each call, unless `input_scale` () fp32, amax/448, is set ("tensor" and "row").
+            scales are found at each call, unless `input_scale` () fp32, amax/448, is set ("tensor" only).
 
     Parameters: weight (n,k), bias (n). Frozen, as nvidia-modelopt stores them: weight e4m3 (n,k) and weight_scale fp32
     () | (n) | (ceil(n/128), ceil(k/128)), or uint8 E8M0 (n, ceil(k/32)) for "mxfp8".
@@ -112,6 +112,10 @@ class FP8Linear(QuantizedLinear):
         if frozen:
             self._hold_zeros(device)
 
+    @property
+    def input_range(self):
+        return E4M3_MAX if self.scaling == "tensor" else None
+
     def _options(self):
         return {"scaling": self.scaling, "gradient_dtype": self.gradient_dtype}
 
@@ -126,7 +130,7 @@ class FP8Linear(QuantizedLinear):
     def _activation(self, x: Tensor) -> QuantizedTensor:
         if self.input_scale is None:
             return self._quantizers().activation(x, False)[0]
-        return quantize_fp8(x, granularity="tensor", amax=self.input_scale * E4M3_MAX)
+        return quantize_fp8(x, granularity="tensor", amax=self.input_scale * self.input_range)
 
     @property
     def quantized_weight(self) -> FP8Tensor | MXFP8Tensor:

@@ -118,6 +118,10 @@ class NVFP4Linear(QuantizedLinear):
         else:
             self._move_constants(self.weight.device)
 
+    @property
+    def input_range(self):
+        return None if self.row_scaled else ACTIVATION_MAX.get(self.activation)
+
     def _options(self):
         return {
             "activation": self.activation,
@@ -144,7 +148,7 @@ class NVFP4Linear(QuantizedLinear):
             return x
         amax = None
         if self.input_scale is not None:
-            amax = self.input_scale * ACTIVATION_MAX[self.activation]
+            amax = self.input_scale * self.input_range
         if self.activation == "fp8":
             return quantize_fp8(x, granularity="tensor" if amax is not None else "row", amax=amax)
         if amax is not None:

@@ -40,20 +40,21 @@ class Quantizers(Protocol):
 
 
 class TrainingProduct(torch.autograd.Function):
-    """x (t,k), weight (n,k), bias (n) or None -> (t,n) in `dtype`, to which both operands are cast first.
+    """x (..., k), weight (n,k), bias (n) or None -> (..., n) in `dtype`, to which both operands are cast first.
 
     main_grad: fp32 (n,k), to which dW is added instead of returning it. seed, signs: what `gradient` draws from.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, quantizers, dtype, main_grad, seed, signs):
-        operand, kept = quantizers.activation(x.to(dtype), ctx.needs_input_grad[1], signs)
+        rows = _rows(x).to(dtype)
+        operand, kept = quantizers.activation(rows, ctx.needs_input_grad[1], signs)
         y = scaled_mm(operand, quantizers.weight(weight.to(dtype)), bias=bias, out_dtype=dtype)
         kept, ctx.kept = pytree.tree_flatten(kept)
         ctx.save_for_backward(weight, seed, signs, *kept)
         ctx.quantizers, ctx.dtype, ctx.main_grad = quantizers, dtype, main_grad
         ctx.dtypes = (x.dtype, None if bias is None else bias.dtype)
-        return y
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -61,10 +62,15 @@ class TrainingProduct(torch.autograd.Function):
         weight, seed, signs, *kept = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dx = dweight = dbias = None
+        lead, dy = dy.shape[:-1], _rows(dy)
         row, transposed = ctx.quantizers.gradient(dy, wants_x, wants_weight, seed, signs)
         if wants_x:
             w = ctx.quantizers.weight_transposed(weight.to(ctx.dtype))
-            dx = scaled_mm(row, w, out_dtype=ctx.dtype).to(ctx.dtypes[0])
+            dx = (
+                scaled_mm(row, w, out_dtype=ctx.dtype)
+                .to(ctx.dtypes[0])
+                .view(*lead, weight.shape[1])
+            )
         if wants_weight:
             x = pytree.tree_unflatten(kept, ctx.kept)
             if ctx.main_grad is None:
@@ -79,7 +85,7 @@ class TrainingProduct(torch.autograd.Function):
 
 
 class FrozenProduct(torch.autograd.Function):
-    """y = operand W^T + bias, where `operand` stands for x (t,k): dx = dy W with W dequantized to dy's dtype.
+    """y = operand W^T + bias, where `operand` (t,k) stands for x (..., k): dx = dy W, W dequantized to dy's dtype.
 
     leaves: the tensors of operand and W, `specs` how they make them up, `split` where those of W begin.
     """
@@ -91,7 +97,8 @@ class FrozenProduct(torch.autograd.Function):
         ctx.save_for_backward(*leaves[split:])
         ctx.spec, ctx.others = specs[1], 3 + len(leaves)
         ctx.dtypes = (x.dtype, None if bias is None else bias.dtype)
-        return scaled_mm(operand, weight, bias=bias, out_dtype=dtype)
+        y = scaled_mm(operand, weight, bias=bias, out_dtype=dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -101,7 +108,7 @@ class FrozenProduct(torch.autograd.Function):
             weight = pytree.tree_unflatten(ctx.saved_tensors, ctx.spec)
             dx = linear(dy, dequantize(weight, dy.dtype).t()).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            dbias = dy.sum(0, dtype=torch.float32).to(ctx.dtypes[1])
+            dbias = _rows(dy).sum(0, dtype=torch.float32).to(ctx.dtypes[1])
         return (dx, dbias, *[None] * ctx.others)
 
 
@@ -159,9 +166,24 @@ class QuantizedLinear(nn.Linear):
         """Of the training form."""
         raise NotImplementedError
 
+    @property
+    def input_range(self) -> float | None:
+        """What `input_scale` is the amax over; None where x has no scale of the whole tensor."""
+        raise NotImplementedError
+
     def _options(self) -> dict:
         """Constructor options beyond nn.Linear's and `frozen`."""
         raise NotImplementedError
+
+    def set_input_amax(self, amax: Tensor | None) -> bool:
+        """Fix x's scale by its largest magnitude () fp32, in the frozen form; None: find it at each call again.
+        False, and nothing is done, where the format has no such scale."""
+        if not self.frozen or self.input_range is None:
+            return False
+        # 0: the layer saw nothing but zeros, and a scale of 0 would make NaN of the first value that is not
+        usable = None if amax is None else torch.where(amax > 0, amax / self.input_range, 1.0)
+        self.input_scale = None if usable is None else usable.to(self.weight.device)
+        return True
 
     @property
     def quantized_weight(self) -> QuantizedTensor:
@@ -213,12 +235,10 @@ class QuantizedLinear(nn.Linear):
             )
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        rows = x.reshape(math.prod(x.shape[:-1]), self.in_features)
-        product = self._frozen_forward if self.frozen else self._training_forward
-        return product(rows, dtype).reshape(*x.shape[:-1], self.out_features)
+        return self._frozen_forward(x, dtype) if self.frozen else self._training_forward(x, dtype)
 
     def _frozen_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        operand, x_spec = pytree.tree_flatten(self._activation(x.detach().to(dtype)))
+        operand, x_spec = pytree.tree_flatten(self._activation(_rows(x.detach()).to(dtype)))
         weight, w_spec = pytree.tree_flatten(self.quantized_weight)
         specs, split = (x_spec, w_spec), len(operand)
         return FrozenProduct.apply(x, self.bias, dtype, specs, split, *operand, *weight)
@@ -258,6 +278,11 @@ class QuantizedLinear(nn.Linear):
     def extra_repr(self) -> str:
         options = [f"{name}={value!r}" for name, value in self._options().items() if value]
         return ", ".join([super().extra_repr(), *options, *["frozen"] * self.frozen])
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(..., k) -> (t,k)"""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _fixed(t: Tensor) -> nn.Parameter:

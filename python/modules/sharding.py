@@ -24,15 +24,13 @@ def fully_shard(module: nn.Module, *, mp_policy=None, **options) -> nn.Module:
     as_stored = MixedPrecisionPolicy(
         reduce_dtype=mp_policy.reduce_dtype, cast_forward_inputs=False, output_dtype=None
     )
-    frozen = [m for m in module.modules() if isinstance(m, QuantizedLinear) and m.frozen]
-    frozen = [m for m in frozen if not _is_sharded(m)]
-    if frozen and mp_policy.param_dtype is not None:
-        shard(frozen, mp_policy=as_stored, **options)
-    for layer in [m for m in module.modules() if isinstance(m, Mamba2)]:
-        if not _is_sharded(layer):
-            children = [child for child in layer.children() if not _is_sharded(child)]
-            shard(children, mp_policy=mp_policy, **options)
-            shard(layer, mp_policy=as_stored, **options)
+    for layer in [m for m in module.modules() if isinstance(m, Mamba2) and not _is_sharded(m)]:
+        cast = [m for m in layer.children() if not _is_sharded(m) and not _holds_codes(m)]
+        shard(cast, mp_policy=mp_policy, **options)
+        shard(layer, mp_policy=as_stored, **options)
+    codes = [m for m in module.modules() if _holds_codes(m)]
+    if codes and mp_policy.param_dtype is not None:
+        shard(codes, mp_policy=as_stored, **options)
     if _is_sharded(module):
         return module
     return shard(module, mp_policy=mp_policy, **options)
@@ -41,3 +39,9 @@ def fully_shard(module: nn.Module, *, mp_policy=None, **options) -> nn.Module:
 def _is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 has seen it."""
     return hasattr(module, "set_requires_all_reduce")
+
+
+def _holds_codes(module: nn.Module) -> bool:
+    """Whether it is a frozen quantized layer that is not sharded, by itself or with a module around it."""
+    is_frozen = isinstance(module, QuantizedLinear) and module.frozen
+    return is_frozen and not hasattr(module.weight, "placements")
