@@ -3,6 +3,7 @@
 from tigon.ops.conv1d import causal_conv1d, causal_conv1d_update
 from tigon.ops.dispatch import backend, batch_invariant, explain
 from tigon.ops.gemm import scaled_mm
+from tigon.ops.moe import grouped_mm, moe_experts, moe_route
 from tigon.ops.norm import gated_rms_norm, rms_norm
 from tigon.ops.quantize import (
     GatedRMSNorm,
@@ -13,6 +14,7 @@ from tigon.ops.quantize import (
     quantize_nvfp4,
 )
 from tigon.ops.quantized import FP8Tensor, MXFP8Tensor, NVFP4Tensor
+from tigon.ops.routing import Routing
 from tigon.ops.ssd import ssd_scan, ssd_update
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "MXFP8Tensor",
     "NVFP4Tensor",
     "RMSNorm",
+    "Routing",
     "backend",
     "batch_invariant",
     "causal_conv1d",
@@ -28,6 +31,9 @@ __all__ = [
     "dequantize",
     "explain",
     "gated_rms_norm",
+    "grouped_mm",
+    "moe_experts",
+    "moe_route",
     "quantize_fp8",
     "quantize_mxfp8",
     "quantize_nvfp4",
