@@ -17,6 +17,8 @@ namespace py = pybind11;
 
 namespace {
 
+constexpr std::int64_t kSharedByDefault = 48 * 1024;  // a launch with more must say so before
+
 const tigon::KernelTable& kernels() {
     static const tigon::KernelTable table = tigon::all_kernels();
     return table;
@@ -63,6 +65,10 @@ void launch(int handle, std::int64_t grid_x, std::int64_t grid_y, std::int64_t b
                                  std::to_string(kernel.parameter_bytes) +
                                  " bytes of arguments, got " + std::to_string(packed.size()));
     const DeviceGuard guard(device);
+    if (shared_bytes > kSharedByDefault)
+        check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(shared_bytes)),
+              std::string("shared memory of ") + kernel.name);
     void* pointers[] = {const_cast<char*>(packed.data())};
     check(cudaLaunchKernel(kernel.function, dim3(grid_x, grid_y), dim3(block), pointers,
                            shared_bytes, reinterpret_cast<cudaStream_t>(stream)),

@@ -19,12 +19,18 @@ struct Kernel {
 
 using KernelTable = std::vector<Kernel>;
 
+KernelTable amax_kernels();
 KernelTable conv1d_update_kernels();
+KernelTable dequantize_kernels();
+KernelTable quantize_fp8_kernels();
+KernelTable quantize_nvfp4_kernels();
 KernelTable ssd_update_kernels();
 
 inline KernelTable all_kernels() {
     KernelTable all;
-    for (const KernelTable& part : {conv1d_update_kernels(), ssd_update_kernels()})
+    for (const KernelTable& part :
+         {amax_kernels(), conv1d_update_kernels(), dequantize_kernels(), quantize_fp8_kernels(),
+          quantize_nvfp4_kernels(), ssd_update_kernels()})
         all.insert(all.end(), part.begin(), part.end());
     return all;
 }

@@ -19,6 +19,24 @@ __device__ __forceinline__ float clamp(float x, float low, float high) {
     return x < low ? low : (x > high ? high : x);
 }
 
+// The larger one; a NaN wins.
+__device__ __forceinline__ float max_nan(float a, float b) {
+#ifdef TIGON_HOST_BUILD
+    return a != a || b != b ? NAN : (a < b ? b : a);
+#else
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+    return larger;
+#endif
+}
+
+// The largest value of `lanes` (a power of two) neighbouring lanes, in all of them.
+__device__ __forceinline__ float max_lanes(float value, int lanes) {
+    for (int offset = lanes / 2; offset > 0; offset /= 2)
+        value = max_nan(value, __shfl_xor_sync(kWholeWarp, value, offset));
+    return value;
+}
+
 // The sum over `lanes` (a power of two) neighbouring lanes, in all of them, in a fixed order.
 __device__ __forceinline__ float sum_lanes(float value, int lanes) {
     for (int offset = lanes / 2; offset > 0; offset /= 2)

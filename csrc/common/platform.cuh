@@ -13,6 +13,8 @@
 namespace tigon {
 
 using int64 = long long;
+using uint64 = unsigned long long;
+using uint8 = unsigned char;
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 

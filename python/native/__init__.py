@@ -5,7 +5,7 @@
 Importing this package needs the standard library only, so that ``tigon doctor`` works without torch.
 """
 
-from tigon.native import mamba2
+from tigon.native import mamba2, quantize
 from tigon.native.loader import (
     Extension,
     HostLibrary,
@@ -21,8 +21,9 @@ from tigon.native.loader import (
     use_host_library,
 )
 from tigon.native.mamba2 import conv1d_update, ssd_update
+from tigon.native.quantize import dequantize, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 
-PLANS = mamba2.PLANS
+PLANS = mamba2.PLANS | quantize.PLANS
 
 __all__ = [
     "Extension",
@@ -33,9 +34,13 @@ __all__ = [
     "available",
     "conv1d_update",
     "cuda_headers",
+    "dequantize",
     "host_missing",
     "load",
     "plan",
+    "quantize_fp8",
+    "quantize_mxfp8",
+    "quantize_nvfp4",
     "sources",
     "ssd_update",
     "status",

@@ -82,6 +82,8 @@ class RunTimeCompiler:
             kernel = self.functions.get((launch.kernel, device))
             if kernel is None:
                 kernel = self.functions[launch.kernel, device] = self.compile(launch)
+            if launch.shared_bytes > kernel.max_dynamic_shared_size_bytes:
+                kernel.max_dynamic_shared_size_bytes = launch.shared_bytes
             data = ctypes.create_string_buffer(arguments, len(arguments))
             pointers = (ctypes.c_void_p * 1)(ctypes.addressof(data))
             self.cupy.cuda.driver.launchKernel(

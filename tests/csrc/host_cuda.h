@@ -112,6 +112,53 @@ inline float* host_shared_memory() {
     return reinterpret_cast<float*>(host::current->block->shared.get());
 }
 
+inline int atomicMax(int* place, int value) {
+    int seen = __atomic_load_n(place, __ATOMIC_RELAXED);
+    while (seen < value && !__atomic_compare_exchange_n(place, &seen, value, true, __ATOMIC_RELAXED,
+                                                        __ATOMIC_RELAXED)) {
+    }
+    return seen;
+}
+
+inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return bits;
+}
+inline int __float_as_int(float value) {
+    return static_cast<int>(__float_as_uint(value));
+}
+inline float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+// One rounding each: the host builds have no instruction that fuses two.
+inline float __fadd_rn(float a, float b) {
+    return a + b;
+}
+inline float __fsub_rn(float a, float b) {
+    return a - b;
+}
+inline float __fmul_rn(float a, float b) {
+    return a * b;
+}
+inline float __frcp_rn(float a) {
+    return 1.0f / a;
+}
+inline float __fdiv_rn(float a, float b) {
+    return a / b;
+}
+inline float __fmaf_rn(float a, float b, float c) {
+    return std::fma(a, b, c);
+}
+inline float __fadd_rz(float a, float b) {
+    const double exact = static_cast<double>(a) + b;
+    const float nearest = static_cast<float>(exact);
+    return std::fabs(nearest) > std::fabs(exact) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 template <typename T>
 T min(T a, T b) {
     return a < b ? a : b;

@@ -13,9 +13,9 @@ from decode_cases import ssd_plain
 
 import tigon
 from tigon import native
-from tigon.native import arguments, loader, mamba2
+from tigon.native import arguments, loader, mamba2, quantize
 
-FORMAT = {"void*": "Q", "int*": "Q", "int64": "q", "int": "i", "float": "f"}
+FORMAT = {"int64": "q", "int": "i", "float": "f"}
 
 
 @pytest.mark.parametrize(
@@ -23,16 +23,28 @@ FORMAT = {"void*": "Q", "int*": "Q", "int64": "q", "int": "i", "float": "f"}
     [
         ("ssd_update.cu", "SsdUpdate", mamba2.SSD_UPDATE),
         ("conv1d_update.cu", "Conv1dUpdate", mamba2.CONV1D_UPDATE),
+        ("amax.cu", "Amax", quantize.AMAX),
+        ("quantize_nvfp4.cu", "QuantizeNvfp4", quantize.QUANTIZE_NVFP4),
+        ("quantize_fp8.cu", "QuantizeFp8", quantize.QUANTIZE_FP8),
+        ("dequantize.cu", "Dequantize", quantize.DEQUANTIZE),
     ],
 )
 def test_packed_format_is_the_struct_of_the_source(source, name, packed):
+    expanded = re.sub(r"(\d+)(\w)", lambda m: m[2] * int(m[1]), packed.format.lstrip("="))
+    assert expanded == codes_of(source, name)
+
+
+def codes_of(source: str, name: str) -> str:
+    """The members of a struct in csrc/<source>, as the codes of Python's struct; a Source's stand in its place."""
     text = (native.sources() / source).read_text()
     body = re.sub(r"//.*", "", re.search(rf"struct {name} {{(.*?)}};", text, re.S)[1])
     codes = ""
     for kind, names in re.findall(r"(?:const )?(\w+\*?) ([\w, ]+);", body):
-        codes += FORMAT[kind] * len(names.split(","))
-    expanded = re.sub(r"(\d+)(\w)", lambda m: m[2] * int(m[1]), packed.format.lstrip("="))
-    assert expanded == codes
+        if kind == "Source":
+            codes += codes_of("common/source.cuh", "Source")
+        else:
+            codes += ("Q" if kind.endswith("*") else FORMAT[kind]) * len(names.split(","))
+    return codes
 
 
 def test_plan_fits_every_shape_that_is_allowed():
@@ -45,6 +57,23 @@ def test_plan_fits_every_shape_that_is_allowed():
                 assert plan.grid[0] == 15 and (plan.grid[1] - 1) * rows < p <= plan.grid[1] * rows
                 assert mamba2.lanes_of(n) * 16 >= n
                 assert plan.shared_bytes <= 48 * 1024  # more would need an opt-in
+
+
+def test_quantizer_plans_cover_the_matrix_within_every_chips_shared_memory():
+    """99 KB is what sm_120 gives a block."""
+    for m, k in [(1, 1), (128, 128), (129, 4096), (1, 2**30), (2**30, 1)]:
+        tiles = -(-m // 128) * -(-k // 128)
+        assert quantize.plan_amax(m, k, "bf16").grid == (tiles, 1)
+        for rounding in range(3):
+            for square in (False, True):
+                plan = quantize.plan_quantize_nvfp4(m, k, "f32", rounding, square, True)
+                assert plan.grid == (tiles, 1) and plan.shared_bytes <= 99 * 1024
+        assert quantize.plan_quantize_fp8(m, k, "f32", True).grid == (tiles, 1)
+        plan = quantize.plan_dequantize(m, k, "bf16", "Nvfp4")
+        assert plan.grid[0] * plan.block * 32 >= m * k
+    for refused in ((2**31 - 1, 1), (1, 2**31 - 1), (2**24, 2**24)):
+        with pytest.raises(ValueError, match="quantize_fp8"):
+            quantize.plan_quantize_fp8(*refused, "bf16", False)
 
 
 def test_plan_depends_on_neither_batch_nor_tokens():
@@ -133,11 +162,13 @@ def test_extension_comes_first(fresh, monkeypatch):
 
 def test_cupy_compiles_the_one_instance_once_a_device(fresh, monkeypatch, tmp_path):
     """With a CuPy that records: the options it is given, and the bytes that a launch points to."""
-    modules, launched = [], []
+    modules, kernels, launched = [], [], []
 
     def raw_module(**options):
         modules.append(options)
         kernel = SimpleNamespace(kernel=SimpleNamespace(ptr=1234))
+        kernel.max_dynamic_shared_size_bytes = 48 * 1024
+        kernels.append(kernel)
         return SimpleNamespace(get_function=lambda name: kernel)
 
     def launch_kernel(*arguments):
@@ -166,6 +197,9 @@ def test_cupy_compiles_the_one_instance_once_a_device(fresh, monkeypatch, tmp_pa
     assert f"-I{native.sources()}" in modules[0]["options"]
     assert launched == [((1234, 6, 2, 1, 128, 1, 1, plan.shared_bytes, 99), b"\1\2\3\4")] * 2
     assert native.available()[0] and native.status()["backend"] == "cupy"
+    wide = quantize.plan_quantize_nvfp4(128, 128, "f32", 0)
+    native.load().launch(wide, 1, 99, b"\1\2\3\4")
+    assert [k.max_dynamic_shared_size_bytes for k in kernels] == [48 * 1024, wide.shared_bytes]
 
 
 def test_without_extension_and_cupy_the_reason_and_the_fix_are_given(fresh):
@@ -204,6 +238,16 @@ def test_extension_of_this_build_has_every_kernel_that_is_planned():
             for vectors in (True, False):
                 ssd = mamba2.plan_ssd_update(1, 1, 1, 8, 8, io, state, vectors).kernel
                 assert sizes.pop(ssd) == mamba2.SSD_UPDATE.size
+        assert sizes.pop(quantize.plan_amax(1, 1, io).kernel) == quantize.AMAX.size
+        for rounding in range(3):
+            nvfp4 = quantize.plan_quantize_nvfp4(1, 1, io, rounding).kernel
+            assert sizes.pop(nvfp4) == quantize.QUANTIZE_NVFP4.size
+        for e5m2 in (False, True):
+            fp8 = quantize.plan_quantize_fp8(1, 1, io, e5m2).kernel
+            assert sizes.pop(fp8) == quantize.QUANTIZE_FP8.size
+        for codes in ("Nvfp4", *quantize.FP8):
+            values = quantize.plan_dequantize(1, 1, io, codes).kernel
+            assert sizes.pop(values) == quantize.DEQUANTIZE.size
     assert not sizes
 
 
