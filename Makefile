@@ -19,6 +19,11 @@ CPP := $(wildcard csrc/*.c* csrc/*/*.c* tests/csrc/*.c* tests/csrc/*.h*)
 # Second opinions, their CUDA parts left out. In a folder of their own, where transformers does not see them.
 PEERS := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
   CAUSAL_CONV1D_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE
+# Quantizers, with those of their own needs that Tigon's do not bring.
+QUANTIZERS := torchao \
+  nvidia-modelopt,nvidia-ml-py,omegaconf,antlr4-python3-runtime,pulp,scipy \
+  compressed-tensors,loguru,psutil
+COMMA := ,
 # CUDA's compiler where the system has none; out of the builds' sight too.
 NVCC := $(foreach part,cuda-nvcc cuda-crt nvvm cuda-runtime cuda-cccl,"nvidia-$(part)==13.0.*")
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
@@ -48,6 +53,9 @@ else
 	@$(PEERS) $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps \
 	  --target $(VENV)/peers -c constraints.txt mamba-ssm causal-conv1d \
 	  || echo "env: mamba-ssm and causal-conv1d cannot be installed; the tests against them are skipped"
+	@$(foreach peer,$(QUANTIZERS),$(BIN)/python -m pip install -q --disable-pip-version-check \
+	  --no-build-isolation --no-deps --target $(VENV)/peers -c constraints.txt $(subst $(COMMA), ,$(peer)) \
+	  || echo "env: $(firstword $(subst $(COMMA), ,$(peer))) cannot be installed; the tests against it are skipped";)
 	@command -v nvcc >/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps \
 	  --target $(VENV)/peers $(NVCC) || echo "env: nvcc cannot be installed; its tests of csrc are skipped"
 endif

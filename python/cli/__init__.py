@@ -20,6 +20,10 @@ COMMANDS = {
     "explain": ("which backend and launch config a call would take, and why", "tigon.cli.explain"),
     "demo": ("train a tiny model on real text, compare, save, generate, check", "tigon.cli.demo"),
     "check": ("whether an op's results and gradients are right here", "tigon.cli.check"),
+    "check-checkpoint": (
+        "what is wrong with a quantized checkpoint, tensor by tensor",
+        "tigon.cli.check_checkpoint",
+    ),
     "bench": ("how fast an op is here, beside other packages", "tigon.cli.bench"),
 }
 

@@ -6,8 +6,8 @@
     input_global_scale fp32 (1)   2688/amax of the activations
 
 A layer of zeros (an expert that was never chosen) has an infinite global scale, or 0 where someone mended that; its
-decode scale is 0 then, and the layer adds nothing. An input_global_scale of 0 or inf, of activations never seen, becomes
-an input_scale of 0, with which activations are quantized by their block scales alone.
+decode scale is 0 then, and the layer adds nothing. An input_global_scale of 0 or inf, of activations never seen,
+becomes an input_scale of 0, with which activations are quantized by their block scales alone.
 
 Only `nvfp4-pack-quantized` with groups of 16 is read; other formats are refused by name. A model that was read so is
 written in modelopt's layout. Source: github.com/vllm-project/compressed-tensors, compressors/nvfp4.
@@ -37,7 +37,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class GroupConfig(QuantConfig):
-    """groups: (target, format) pairs; a target is a module class, a name, or `re:` and a pattern. `exclude` likewise."""
+    """groups: (target, format) pairs; a target is "Linear", a name, or `re:` and a pattern. `exclude` likewise."""
 
     groups: tuple[tuple[str, LayerFormat], ...] = ()
 

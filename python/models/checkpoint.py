@@ -30,7 +30,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
     """A stored tensor's name in this model."""
     name = re.sub(r"^model\.", "backbone.", name)
     return re.sub(r"^backbone\.embedding\.", "backbone.embeddings.", name)
@@ -156,12 +156,12 @@ def load(
         raise FileNotFoundError(f"from_pretrained: no such file: {path / 'config.json'}")
     settings = json.loads((path / "config.json").read_text())
     config = HybridConfig.from_dict(settings)
-    layout = layout_of(path, settings, _own_name)
+    layout = layout_of(path, settings, own_name)
     model = cls(config, device="meta", dtype=dtype or _dtype(settings))
     tied = config.tie_word_embeddings
     if tied and layout.config.of("lm_head") is not None:
         raise ValueError(f"{path}: lm_head is quantized and cannot be tied to the embeddings")
-    read_into(model, path, layout, _own_name, tied=tied, device=device, dtype=dtype)
+    read_into(model, path, layout, own_name, tied=tied, device=device, dtype=dtype)
     if tied:
         _check_tied(model)
         model.tie_weights()

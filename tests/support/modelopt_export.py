@@ -184,7 +184,9 @@ def main(peers, out):
             before = model(ids).logits
             try:
                 model = mtq.quantize(model, config, lambda m: m(ids))
-                requantize_resmooth_fused_llm_layers(model)  # as the export does: q, k, v share scales
+                requantize_resmooth_fused_llm_layers(
+                    model
+                )  # as the export does: q, k, v share scales
                 truth = {"ids": ids, "plain": before, "logits": model(ids).logits}
                 export_hf_checkpoint(model, export_dir=folder / "checkpoint")
                 save_file(truth | dequantized(folder / "checkpoint"), folder / "truth.safetensors")
