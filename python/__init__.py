@@ -25,6 +25,7 @@ _rooms = {
         "grouped_mm",
         "moe_experts",
         "moe_route",
+        "moe_sort",
         "quantize_fp8",
         "quantize_mxfp8",
         "quantize_nvfp4",

@@ -195,6 +195,16 @@ _ALL = (
         sizes={"t": 8192, "e": 512, "k": 22},
     ),
     Op(
+        "moe_sort",
+        "moe",
+        "cuda",
+        "Counts, offsets and the order by expert of choices that were made elsewhere",
+        "tigon.reference.moe:moe_sort",
+        "tigon.native:moe_sort",
+        dtypes=("int32", "int64"),
+        sizes={"t": 8192, "e": 512, "k": 22},
+    ),
+    Op(
         "grouped_mm",
         "moe",
         "triton",

@@ -3,7 +3,7 @@
 from tigon.ops.conv1d import causal_conv1d, causal_conv1d_update
 from tigon.ops.dispatch import backend, batch_invariant, explain
 from tigon.ops.gemm import scaled_mm
-from tigon.ops.moe import grouped_mm, moe_experts, moe_route
+from tigon.ops.moe import grouped_mm, moe_experts, moe_route, moe_sort
 from tigon.ops.norm import gated_rms_norm, rms_norm
 from tigon.ops.quantize import (
     GatedRMSNorm,
@@ -34,6 +34,7 @@ __all__ = [
     "grouped_mm",
     "moe_experts",
     "moe_route",
+    "moe_sort",
     "quantize_fp8",
     "quantize_mxfp8",
     "quantize_nvfp4",

@@ -97,6 +97,14 @@ register(
     _route_backward,
     _route_backward_fake,
 )
+register(
+    "moe_sort(Tensor indices, int e) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda indices, e: run("moe_sort", indices, indices, e),
+    lambda indices, e: tuple(
+        indices.new_empty(n, dtype=torch.int32)
+        for n in (e, e + 1, indices.numel(), indices.numel())
+    ),
+)
 differentiable("moe_route", _route_autograd, _route_setup)
 once_differentiable("moe_route_backward")
 
@@ -191,6 +199,28 @@ def moe_route(
         z_sum=z_sum if z_loss else None,
         output_scale=1.0 if on_weights else float(scale),
     )
+
+
+def moe_sort(indices: Tensor, weights: Tensor, *, experts: int) -> Routing:
+    """The Routing of choices that were made elsewhere: counts, offsets and the order by expert.
+
+    Args:
+        indices: (t,k) int32 or int64; one outside 0 to experts - 1 is a skipped choice.
+        weights: (t,k) fp32 (fp64 on the reference). experts: up to 4,096.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or range, by name.
+    """
+    check = Check("moe_sort")
+    check.tensor("indices", indices, "t k", dtypes=INDEX)
+    check.tensor("weights", weights, "t k", dtypes=(torch.float32, torch.float64))
+    check.require(1 <= experts <= MAX_EXPERTS, f"experts={experts} must lie in 1 to {MAX_EXPERTS}")
+    check.require(indices.numel() < 2**31, f"{indices.numel()} choices pass the 2^31 of a call")
+    if indices.dtype == torch.int64:  # beyond int32 means skipped: it must not wrap into an expert
+        indices = indices.clamp(-1, experts).to(torch.int32)
+    indices = inner("indices", indices, 2)
+    sizes = {"t": indices.shape[0], "e": experts, "k": indices.shape[1], "itemsize": 4}
+    return Routing(indices, weights, *call("moe_sort", indices, (indices, experts), sizes))
 
 
 def _grouped(x, *rest):

@@ -38,7 +38,7 @@ def _choose(scores: Tensor, bias: Tensor | None, k: int, groups: int, top_groups
     return _ranked(rank, k)
 
 
-def sort_choices(indices: Tensor, e: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def moe_sort(indices: Tensor, e: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(counts (e), offsets (e+1), order (t k), inverse (t k)), all int32: a stable counting sort by expert.
 
     indices (t,k); one of e or more, or below 0, is a skipped choice: it comes last in `order`, as -1, inverse -1.
@@ -113,7 +113,7 @@ def moe_route(
         chosen.to(torch.int32),
         weights,
         scores,
-        *sort_choices(chosen, e),
+        *moe_sort(chosen, e),
         score_sums,
         aux_counts,
         z_sum,

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from options import case_id, pairwise
 
 import tigon
-from tigon.reference.moe import sort_choices
 
 
 def rule(z, bias, k, scale, score, normalize, eps, groups, top_groups):
@@ -73,7 +72,7 @@ def test_order_is_a_stable_sort_and_inverse_its_inverse(drawn):
     """Any choices, skipped ones (outside 0 to e-1) included."""
     e, rows = drawn
     indices = torch.tensor(rows, dtype=torch.int32).reshape(-1, 2)
-    counts, offsets, order, inverse = sort_choices(indices, e)
+    counts, offsets, order, inverse = torch.ops.tigon.moe_sort(indices, e)
     flat = indices.flatten().tolist()
     live = [c for expert in range(e) for c, i in enumerate(flat) if i == expert]
     assert order.tolist() == live + [-1] * (len(flat) - len(live))
@@ -224,6 +223,19 @@ def test_double_backward_raises():
     (g,) = torch.autograd.grad(r.weights.square().sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         g.sum().backward()
+
+
+def test_choices_made_elsewhere_become_a_routing():
+    r = tigon.moe_route(torch.randn(9, 6), top_k=2, mask=torch.arange(9) != 4)
+    weights = r.weights.clone().requires_grad_()
+    again = tigon.moe_sort(r.indices.long(), weights, experts=6)
+    for name in ("indices", "weights", "counts", "offsets", "order", "inverse"):
+        assert torch.equal(getattr(again, name), getattr(r, name)), name
+    assert again.weights.requires_grad
+    with pytest.raises(ValueError, match=r"weights has shape \(9, 1\), expected \(t, k\) with t=9"):
+        tigon.moe_sort(r.indices, weights[:, :1], experts=6)
+    with pytest.raises(ValueError, match="experts=0 must lie in 1 to 4096"):
+        tigon.moe_sort(r.indices, weights, experts=0)
 
 
 WRONG = [
