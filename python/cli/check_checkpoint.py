@@ -54,7 +54,12 @@ def render(path: str, report) -> str:
     if len(findings) > SHOWN:
         lines.append(f"… and {len(findings) - SHOWN} more; --json has all")
     lines.append(f"{report.count('error')} errors, {report.count('warning')} warnings")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
+
+
+def printable(line: str) -> str:
+    """Names come from the files: what would steer the terminal is shown as an escape."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def held(report) -> str:

@@ -48,7 +48,7 @@ def read_files(folder: Path) -> Files:
     """Headers of all the shards that the index names, or of all safetensors files where there is none."""
     files = Files()
     weight_map = _index(folder, files)
-    present = sorted(folder.glob("*.safetensors"))
+    present = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     if weight_map is None:
         shards = present
         if len(present) > 1:
@@ -100,7 +100,7 @@ def _index(folder: Path, files: Files) -> dict[str, str] | None:
 def _shards(folder: Path, names: Iterable[str], files: Files) -> list[Path]:
     found = []
     for name in sorted(names):
-        if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+        if Path(name).name != name or name == ".." or "\0" in name or len(name) > 255:
             fault = f"names a file outside the folder: {name!r}"
             files.error("", fault, "build the index again", INDEX)
         elif not name.endswith(".safetensors"):

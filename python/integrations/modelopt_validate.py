@@ -199,8 +199,15 @@ def _known_sizes(settings: dict, files: Files) -> dict[str, tuple[int, ...]]:
 
     try:
         return tensor_shapes(settings)
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        files.warning("", f"shapes are not checked: {error}", "", "config.json")
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
+        files.warning("", f"shapes are not checked: {error}", "mend the sizes", "config.json")
         return {}
 
 
@@ -402,10 +409,11 @@ def _check_values(
     files: Files,
     everything: bool,
 ) -> None:
+    broken = {f.tensor for f in files.findings if f.severity == "error"}
     for module, layer in layers.items():
         found = formats.get(module)
         for part, (name, stored) in layer.parts.items():
-            if stored.start == stored.stop:
+            if stored.start == stored.stop or name in broken:
                 continue
             scale = found is not None and part in form.LAYER_PARTS and part != "weight"
             if scale and stored.dtype in ("F8_E4M3", "U8"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,12 @@ def read_header(path: Path) -> tuple[dict[str, Stored], list[Fault]]:
     repeated: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in items]
-        repeated.extend(sorted({name for name in names if names.count(name) > 1}))
+        counts = Counter(name for name, _ in items)
+        repeated.extend(name for name, count in counts.items() if count > 1)
         return dict(items)
 
     try:
-        header = json.loads(text.decode(), object_pairs_hook=pairs if length < 2**20 else None)
+        header = json.loads(text.decode(), object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
         return {}, [("", f"header is not JSON: {error}")]
     if not isinstance(header, dict):
@@ -91,11 +92,11 @@ def _entry(path: Path, entry: Any, base: int, size: int) -> Stored | str:
         return "lacks dtype, shape or data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        return f"dtype {dtype!r} is not known"
+        return f"dtype {_short(dtype)} is not known"
     if not _whole(shape):
-        return f"shape {shape!r} is not a list of sizes"
+        return f"shape {_short(shape)} is not a list of sizes"
     if not _whole(offsets) or len(offsets) != 2:
-        return f"data_offsets {offsets!r} are not two positions in the file"
+        return f"data_offsets {_short(offsets)} are not two positions in the file"
     begin, end = offsets
     if begin > end:
         return f"begins at {begin}, after its end at {end}"
@@ -110,8 +111,14 @@ def _entry(path: Path, entry: Any, base: int, size: int) -> Stored | str:
 
 
 def _whole(values: Any) -> bool:
-    """A list of integers from 0; True and 2.0 are none."""
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+    """A list of integers from 0 that fit 64 bits; True and 2.0 are none."""
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def _short(value: Any) -> str:
+    """For a message, however long the header made it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _layout_faults(found: dict[str, Stored], base: int, size: int, complete: bool) -> list[Fault]:

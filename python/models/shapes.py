@@ -4,6 +4,8 @@ from typing import Any
 
 from tigon.models.config import HybridConfig
 
+MOST_EXPERTS = 1 << 14  # a broken config.json must not fill the memory with names
+
 
 def tensor_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """From what config.json holds; names are those on disk, `lm_head.weight` left out where it is tied.
@@ -30,6 +32,8 @@ def tensor_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def moe_shapes(config: HybridConfig) -> dict[str, tuple[int, ...]]:
     """The mixer of a LatentMoE layer: router, latent projections, experts by index, shared expert. No biases."""
+    if not 0 < config.n_routed_experts <= MOST_EXPERTS:
+        raise ValueError(f"config.json: n_routed_experts={config.n_routed_experts} is out of range")
     d, m, e = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
     latent, shared = config.moe_latent_size or d, config.moe_shared_expert_intermediate_size
     shapes: dict[str, tuple[int, ...]] = {
