@@ -1,10 +1,12 @@
 """`tigon.modules`: the layers of hybrid models. Parameters live here; the arithmetic is `tigon.ops`'s."""
 
 from tigon.modules.attention import Attention
+from tigon.modules.experts import Experts
 from tigon.modules.fp8_linear import FP8Linear
+from tigon.modules.latent_moe import LatentMoE, Router, router_losses
 from tigon.modules.linear import Linear
 from tigon.modules.mamba2 import Mamba2
-from tigon.modules.mlp import MLP
+from tigon.modules.mlp import MLP, GatedMLP
 from tigon.modules.norm import GatedRMSNorm, RMSNorm
 from tigon.modules.nvfp4_linear import NVFP4Linear
 from tigon.modules.sharding import fully_shard
@@ -13,14 +15,19 @@ from tigon.modules.state import KVCache, Lengths, MambaCache
 __all__ = [
     "MLP",
     "Attention",
+    "Experts",
     "FP8Linear",
+    "GatedMLP",
     "GatedRMSNorm",
     "KVCache",
+    "LatentMoE",
     "Lengths",
     "Linear",
     "Mamba2",
     "MambaCache",
     "NVFP4Linear",
     "RMSNorm",
+    "Router",
     "fully_shard",
+    "router_losses",
 ]

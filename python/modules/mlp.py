@@ -1,6 +1,7 @@
-"""The dense MLP of Nemotron models: up, ReLU², down. No gate.
+"""Dense MLPs: Nemotron's without a gate, and the gated one of other models.
 
-y = relu(x U^T)^2 D^T. Source: So et al. 2021, "Primer" (arXiv 2109.08668).
+MLP        y = relu(x U^T)^2 D^T                    So et al. 2021, "Primer" (arXiv 2109.08668)
+GatedMLP   y = (silu(x G^T) (x U^T)) D^T            Shazeer 2020, "GLU Variants" (2002.05202)
 """
 
 import torch
@@ -32,3 +33,22 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
+class GatedMLP(MLP):
+    """x (..., d) -> (..., d) through `intermediate_size` SwiGLU units. Arguments and names as in `MLP`, and
+    gate_proj.weight, shaped like up_proj's."""
+
+    def __init__(
+        self,
+        d_model: int,
+        intermediate_size: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(d_model, intermediate_size, bias, device, dtype)
+        self.gate_proj = Linear(d_model, intermediate_size, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
