@@ -270,6 +270,13 @@ def plan_gated_rms_norm(
     return {"gated_norm_backward": NormConfig(rows, block, warps, row_blocks)}
 
 
+def plan_scaled_mm(arch: int, **sizes: int) -> dict[str, object]:
+    """As `launch_gemm`, which builds on this file, says."""
+    from tigon.kernels.launch_gemm import plan_scaled_mm
+
+    return plan_scaled_mm(arch, **sizes)
+
+
 PLANNERS: dict[str, Callable[..., dict[str, object]]] = {
     "ssd_scan": plan_ssd_scan,
     "ssd_scan_backward": plan_ssd_scan_backward,
@@ -279,4 +286,5 @@ PLANNERS: dict[str, Callable[..., dict[str, object]]] = {
     "gated_rms_norm_backward": partial(plan_gated_rms_norm, backward=True),
     "rms_norm": plan_gated_rms_norm,
     "rms_statistics": plan_gated_rms_norm,
+    "scaled_mm": plan_scaled_mm,
 }

@@ -46,8 +46,18 @@ TYPES = {
     torch.int64: "i64",
     torch.uint8: "u8",
     torch.bool: "i1",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
 }
-MMA = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma\b", "mma": r"\bmma\.sync"}
+MMA = {
+    "wgmma": r"wgmma\.mma_async",
+    "tcgen05": r"tcgen05\.mma\b",
+    "mma": r"\bmma\.sync",
+    "e4m3": r"mma\S*\.e4m3\.e4m3",  # operands as they are, of wgmma and mma.sync
+    "f8f6f4": r"mma\S*\.kind::f8f6f4",
+    "mxf8f6f4": r"mma\S*\.kind::mxf8f6f4",
+    "mxf4nvf4": r"mma\S*\.kind::mxf4nvf4",
+}
 
 
 @dataclass(frozen=True)

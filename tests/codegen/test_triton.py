@@ -73,6 +73,13 @@ def test_matrix_products_use_the_architectures_instruction(built):
         assert count[native] if native else any(count.values()), kernel
 
 
+@pytest.mark.parametrize("built", [p for p in PAIRS if p[0].needs], ids=pair_id, indirect=True)
+def test_low_precision_operands_are_multiplied_as_they_are(built):
+    case, arch, kernels = built
+    if arch in case.needs:
+        assert any(k["instructions"][case.needs[arch]] for k in kernels)
+
+
 @pytest.mark.parametrize("built", WIDE, ids=pair_id, indirect=True)
 def test_aligned_rows_move_16_bytes_at_a_time(built):
     _, _, kernels = built

@@ -5,9 +5,10 @@ that this list can be read in a process where Triton interprets.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from codegen_cases_gemm import GEMMS
 
 HALF, WIDE = torch.bfloat16, torch.float32
 
@@ -16,7 +17,8 @@ HALF, WIDE = torch.bfloat16, torch.float32
 class Case:
     """name; call(dtype) -> a function without arguments that launches. dtypes are compiled in CI, all_dtypes by
     `make codegen-all`. native: sm_90 and sm_100 must use their own matrix instruction, not the older mma.sync
-    (tiles under 64 rows cannot). wide: rows must be read and written 16 bytes at a time."""
+    (tiles under 64 rows cannot). wide: rows must be read and written 16 bytes at a time. needs: an instruction that an
+    architecture must use (a name of compile.py's list)."""
 
     name: str
     call: Callable[[torch.dtype], Callable[[], object]]
@@ -24,6 +26,7 @@ class Case:
     all_dtypes: tuple[torch.dtype, ...] = (HALF, torch.float16, WIDE)
     native: bool = True
     wide: bool = False
+    needs: dict[int, str] = field(default_factory=dict)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -180,5 +183,15 @@ CASES = [
             ("row 4096", 4096, 4096, {"gate": False}, (HALF,)),
             ("row 8192", 8192, 8192, {}, (HALF,)),
         )
+    ),
+    *(
+        Case(
+            f"scaled_mm {name}",
+            call,
+            (HALF, WIDE) if name == "w4a16" else (HALF,),
+            all_dtypes=(HALF, torch.float16, WIDE) if name.startswith("w4a16") else (HALF,),
+            needs=needs,
+        )
+        for name, call, needs in GEMMS
     ),
 ]

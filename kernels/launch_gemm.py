@@ -1,0 +1,137 @@
+"""Launch table of `scaled_mm`: tiles by what the MMA multiplies, architecture and shape.
+
+What is multiplied ("kind") follows from the formats and the architecture:
+
+    fp8      E4M3 and E5M2 codes as they are, from sm_90 on; scales of 128 k are applied tile by tile
+    scaled   NVFP4 x NVFP4 and MXFP8 x MXFP8 on sm_100 and sm_120, block scales and all
+    half     everything else, decoded to fp16 or bf16 on the way to the MMA
+    fp32     an fp32 operand beside NVFP4, in three TF32 products
+"""
+
+from dataclasses import dataclass, replace
+
+from tigon.kernels.launch import SMS, power_of_two
+
+FEW = 64  # rows: up to here the weights are the MMA's left side and the other tile is as small as the rows
+LEAST_SPLIT = 512  # of k: a shorter segment is mostly prologue and epilogue
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """A program multiplies a (left, block_k) by a (right, block_k) tile at a time; one of them is of `a` (m,k).
+
+    swap: the left one is of `b`. kind: see above. promote: sums leave the MMA every block_k. quads: k in an order that
+    suits 4-bit codes. k is cut in `splits` segments of split_k: one a program, or all in one if walk.
+    """
+
+    left: int
+    right: int
+    block_k: int
+    warps: int
+    stages: int
+    kind: str = "half"
+    swap: bool = False
+    promote: bool = False
+    quads: bool = False
+    precision: str = "tf32"
+    splits: int = 1
+    split_k: int = 0
+    walk: bool = False
+    band: int = 8
+
+    @property
+    def scaled(self) -> bool:
+        return self.kind == "scaled"
+
+
+def gemm_kind(arch: int, a_format: str, b_format: str, itemsize: int) -> str:
+    """What the MMA multiplies; itemsize: bytes of an element of a plain operand."""
+    if a_format == "plain" and itemsize == 4:
+        return "fp32"
+    if a_format == b_format and a_format in ("nvfp4", "mxfp8"):
+        return "scaled" if arch >= 100 else "half"
+    if a_format.startswith("fp8") and b_format.startswith("fp8"):
+        return "fp8" if arch >= 90 else "half"
+    return "half"
+
+
+# left, right, block_k, warps, stages where both sides are long
+WIDE = {
+    ("fp8", 90): (128, 128, 128, 8, 4),
+    ("fp8", 100): (128, 256, 128, 8, 3),
+    ("fp8", 120): (128, 128, 64, 8, 3),
+    ("half", 80): (128, 128, 32, 8, 4),
+    ("half", 90): (128, 128, 64, 8, 4),
+    ("half", 100): (128, 128, 64, 8, 4),
+    ("half", 120): (128, 128, 32, 8, 4),
+    ("fp32", 80): (64, 64, 32, 8, 2),
+    ("fp32", 90): (64, 64, 32, 8, 2),
+    ("fp32", 100): (64, 64, 32, 8, 2),
+    ("fp32", 120): (64, 64, 32, 8, 2),
+    ("scaled", 100): (128, 256, 256, 8, 3),
+    ("scaled", 120): (128, 128, 128, 8, 2),
+}
+# left, block_k, warps, stages where one side has few rows
+NARROW = {
+    ("fp8", 90): (128, 128, 4, 4),
+    ("fp8", 100): (128, 128, 4, 4),
+    ("fp8", 120): (128, 128, 4, 3),
+    ("half", 80): (128, 128, 4, 4),
+    ("half", 90): (128, 128, 4, 4),
+    ("half", 100): (128, 128, 4, 4),
+    ("half", 120): (128, 128, 4, 4),
+    ("fp32", 80): (64, 32, 4, 3),
+    ("fp32", 90): (64, 32, 4, 3),
+    ("fp32", 100): (64, 32, 4, 3),
+    ("fp32", 120): (64, 32, 4, 3),
+    ("scaled", 100): (128, 256, 4, 4),
+    ("scaled", 120): (128, 128, 4, 3),
+}
+
+
+def gemm_tiles(
+    arch: int, m: int, n: int, kind: str, weight_only: bool, blocks: int, invariant: bool
+) -> GemmConfig:
+    """The row for a shape. weight_only: only b is decoded; blocks: operands scaled 1x128. Batch-invariant: one row.
+
+    Scales 1x128 belong to the left side where there is a choice: a thread holds few rows and many columns.
+    """
+    side = FEW if invariant else min(m, n)
+    if side > FEW:
+        left, right, block_k, warps, stages = WIDE[kind, arch]
+        swap = weight_only and not blocks
+        if blocks and arch == 100:
+            right = 128 // blocks
+    else:
+        left, block_k, warps, stages = NARROW[kind, arch]
+        right = power_of_two(max(1, side))
+        swap = weight_only or invariant or m <= n
+    row = GemmConfig(left, right, block_k, warps, stages, kind, swap)
+    return replace(
+        row,
+        promote=blocks > 0 or (kind == "fp8" and arch == 90),
+        quads=weight_only and kind == "half" and arch == 90 and right <= FEW,
+        precision="tf32x3" if kind == "fp32" else "tf32",
+    )
+
+
+def plan_scaled_mm(
+    arch: int, *, m: int, n: int, k: int, itemsize: int, a_format: str, b_format: str,
+    batch_invariant: bool = False, sms: int | None = None, **_: int,
+) -> dict[str, GemmConfig]:  # fmt: skip
+    """Configs of `multiply` and, where k is split over programs, of `add_splits` (the same one)."""
+    kind = gemm_kind(arch, a_format, b_format, itemsize)
+    weight_only = b_format == "nvfp4" and a_format != "nvfp4"
+    blocks = (a_format, b_format).count("fp8-1x128")
+    row = gemm_tiles(arch, m, n, kind, weight_only, blocks, batch_invariant)
+    rows, columns = (n, m) if row.swap else (m, n)
+    if batch_invariant:
+        columns = min(columns, row.right)
+    tiles = max(1, -(-rows // row.left) * -(-columns // row.right))
+    splits = max(1, min(2 * (sms or SMS[arch]) // tiles, k // LEAST_SPLIT))
+    unit = max(128, row.block_k)
+    split_k = max(1, -(-k // (splits * unit))) * unit
+    splits = max(1, -(-k // split_k))
+    walk = batch_invariant and splits > 1 and m > row.right
+    row = replace(row, splits=splits, split_k=split_k, walk=walk)
+    return {"multiply": row} | ({"add_splits": row} if splits > 1 and not walk else {})
