@@ -263,7 +263,7 @@ def one_of(check: Check, name: str, value: object, allowed: tuple[str, ...]) -> 
 
 def _lead(t: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(m, w) as (..., w), and (m) as (...), under the leading sizes of `shape`."""
-    return t.view(*shape[:-1], *t.shape[1:])
+    return t.view((*shape[:-1], *t.shape[1:]))
 
 
 def quantize_nvfp4(

@@ -297,6 +297,7 @@ def test_an_amax_a_row_makes_rows_independent():
         equal(q[i], tigon.quantize_nvfp4(x[i]))
     given = tigon.quantize_nvfp4(x, amax=x.abs().amax(-1))
     equal(q, given)
+    assert tigon.quantize_fp8(x[0], granularity="row").scale.shape == ()
 
 
 def test_saved_moved_cloned(tmp_path):
