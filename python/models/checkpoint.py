@@ -1,7 +1,8 @@
 """NemotronH checkpoints: config.json beside safetensors, whole or in shards with an index.
 
 Names on disk are `backbone.…` and `lm_head.weight`; transformers 5 writes `model.…`; old files have `embedding` for
-`embeddings`. All headers are compared with the model before any tensor is read; then one shard is open at a time.
+`embeddings`. Experts are single tensors on disk, and read from stacks too (tigon.models.expert_tensors). All headers
+are compared with the model before any tensor is read; then one shard is open at a time.
 Quantized checkpoints: tigon.integrations.modelopt.
 """
 
@@ -25,6 +26,7 @@ from tigon.integrations.modelopt import (
 )
 from tigon.integrations.modelopt import layout as layout_of
 from tigon.models.config import HybridConfig
+from tigon.models.expert_tensors import Stacks, split
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -49,7 +51,11 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _compare(
-    expected: dict[str, Expected], shards: list[Path], rename: Callable[[str], str], layout: Layout
+    expected: dict[str, Expected],
+    stacks: Stacks,
+    shards: list[Path],
+    rename: Callable[[str], str],
+    layout: Layout,
 ) -> tuple[dict[str, str], int]:
     """Stored name -> own name of every tensor to read, or one error that names all that is wrong.
 
@@ -73,7 +79,8 @@ def _compare(
                 else:
                     unknown.append(stored)
     needed = {name for name, (_, _, optional) in expected.items() if not optional}
-    missing = sorted(needed - set(found.values()))
+    got = set(found.values())
+    missing = sorted(needed - got) + sorted(stacks.missing(got))
     problems = [
         f"{kind}: {', '.join(names)}"
         for kind, names in (("unknown", unknown), ("missing", missing), ("misshapen", misshapen))
@@ -116,19 +123,28 @@ def read_into(
 
     shards = _shards(path)
     layout.install(model, dtype)
-    expected = layout.expected(model)
+    expected, stacks = layout.expected(model), Stacks(model)
+    for name in stacks.names:
+        expected[name] = (*expected[name][:2], True)
+    expected |= {name: (shape, None, True) for name, shape in stacks.shapes().items()}
     if tied:
         expected["lm_head.weight"] = (*expected["lm_head.weight"][:2], True)
-    names, skipped = _compare(expected, shards, rename, layout)
+    names, skipped = _compare(expected, stacks, shards, rename, layout)
     warn_of(layout, set(names.values()), skipped, path)
     device = torch.device("cpu" if device is None else device)
+    buffers = dict(model.named_buffers())
     for shard in shards:
         with safe_open(shard, "pt", device=str(device)) as f:
             for stored in f.keys():  # noqa: SIM118
                 if stored in names:
                     own = names[stored]
                     value = layout.convert(own, f.get_tensor(stored))
-                    _put(model, own, value if expected[own][1] else value.to(dtype))
+                    if expected[own][1] is None and own not in buffers:
+                        value = value.to(dtype)
+                    if own in stacks.pieces:
+                        stacks.put(own, value)
+                    else:
+                        _put(model, own, value)
     return model
 
 
@@ -179,9 +195,9 @@ def _put(model: nn.Module, name: str, value: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if leaf in module._buffers:  # a scale of one value; how many ones its shape had does not matter
-        setattr(
-            module, leaf, value.reshape(()) if value.numel() == 1 and "scale" in leaf else value
-        )
+        value = value.reshape(()) if value.numel() == 1 and "scale" in leaf else value
+        half = value.dtype in (torch.bfloat16, torch.float16)  # a router's bias, which is fp32 here
+        setattr(module, leaf, value.float() if half else value)
         return
     old = getattr(module, leaf)
     parameter = nn.Parameter(value.reshape(old.shape), requires_grad=old.requires_grad)
@@ -236,7 +252,7 @@ def save(model: nn.Module, path: str | PathLike, *, max_shard_size: int | str = 
 
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = model.state_dict()
+    tensors = split(model.state_dict())
     groups = _group(
         {k: t.numel() * t.element_size() for k, t in tensors.items()}, _bytes(max_shard_size)
     )

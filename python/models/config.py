@@ -25,6 +25,7 @@ _OLD_NAMES = {  # transformers still reads these
     "mamba_dt_init_floor": "time_step_floor",
     "mamba_conv_bias": "use_conv_bias",
     "mamba_chunk_size": "chunk_size",
+    "num_local_experts": "n_routed_experts",
 }
 _ONLY = {  # what this model does; another value would change results, so it is refused
     "mamba_hidden_act": ("silu", "swish"),
@@ -39,6 +40,9 @@ _ONLY = {  # what this model does; another value would change results, so it is 
 @dataclass(frozen=True)
 class HybridConfig:
     """Every field has transformers' default; the letters of `pattern` are the layers.
+
+    router_aux_loss_coef, router_z_loss_coef: of the losses of E layers, each summed over them, that the training loss
+    gets beside the cross entropy: load balance in each sequence, and logsumexp(logits)^2.
 
     The step size of Mamba layers is clamped to `dt_limit`, in prefill and decode alike. As in transformers' prefill,
     its lower end is at least time_step_min, which is also the least of the initial steps.
@@ -84,6 +88,8 @@ class HybridConfig:
     n_group: int = 1
     topk_group: int = 1
     norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
 
     def __post_init__(self):
         unknown = sorted(set(self.pattern) - set(LAYER_KINDS))
@@ -104,7 +110,7 @@ class HybridConfig:
         return max(low, self.time_step_min), high
 
     def num_parameters(self) -> int:
-        """Parameters of a model of these sizes, from the shapes."""
+        """Parameters of a model of these sizes, biases of routers among them, from the shapes."""
         count = {"M": self._mamba, "*": self._attention, "-": self._mlp, "E": self._moe}
         layers = sum(count[kind]() + self.hidden_size for kind in self.pattern)
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
@@ -127,10 +133,12 @@ class HybridConfig:
 
     def _moe(self) -> int:
         d, latent = self.hidden_size, self.moe_latent_size
+        width, biases = self.moe_shared_expert_intermediate_size, self.mlp_bias
         router = self.n_routed_experts * (d + 1)
         experts = 2 * self.n_routed_experts * self.moe_intermediate_size * (latent or d)
-        shared = 2 * d * self.moe_shared_expert_intermediate_size
-        return router + experts + shared + (2 * d * latent if latent else 0)
+        shared = 2 * d * width + (width + d) * biases
+        projections = 2 * d * latent + (latent + d) * biases if latent else 0
+        return router + experts + shared + projections
 
     def replace(self, **changes: Any) -> "HybridConfig":
         """A copy with some fields changed."""

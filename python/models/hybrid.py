@@ -1,9 +1,9 @@
-"""A language model of Mamba-2, attention and MLP layers, of the Nemotron-H kind.
+"""A language model of Mamba-2, attention, MLP and LatentMoE layers, of the Nemotron-H and Nemotron 3 kind.
 
     h = embeddings(ids);  h = h + mixer_i(norm_i(h)) for each layer;  logits = lm_head(norm_f(h))
 
 Parameter names are those of NemotronH checkpoints on disk (`backbone.layers.0.mixer.in_proj.weight`, …).
-Source: NVIDIA 2025, "Nemotron-H" (arXiv 2504.03624).
+Sources: NVIDIA 2025, "Nemotron-H" (arXiv 2504.03624) and "Nemotron 3" (2512.20856).
 """
 
 from os import PathLike
@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tigon.generation.cache import HybridCache
-from tigon.models.config import LAYER_KINDS, HybridConfig
+from tigon.models.config import HybridConfig
 from tigon.models.presets import preset
-from tigon.modules import MLP, Attention, Linear, Mamba2, RMSNorm
+from tigon.modules import MLP, Attention, Experts, LatentMoE, Linear, Mamba2, RMSNorm, Router
+from tigon.modules.latent_moe import router_losses, total_counts
+from tigon.ops import Routing
 
 Device = torch.device | str | None
 
@@ -47,22 +49,47 @@ def _mixer(kind: str, config: HybridConfig, layer: int, **factory) -> nn.Module:
             config.head_dim,
             **factory,
         )
+    if kind == "E":
+        return LatentMoE(
+            config.hidden_size,
+            config.moe_latent_size,
+            config.n_routed_experts,
+            config.moe_intermediate_size,
+            config.num_experts_per_tok,
+            config.moe_shared_expert_intermediate_size,
+            scale=config.routed_scaling_factor,
+            groups=config.n_group,
+            top_groups=config.topk_group,
+            normalize=config.norm_topk_prob,
+            bias=config.mlp_bias,
+            aux="sequence" if config.router_aux_loss_coef else None,
+            z_loss=bool(config.router_z_loss_coef),
+            **factory,
+        )
     return MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, **factory)
 
 
 class Block(nn.Module):
-    """h + mixer(norm(h)); an MLP takes no cache."""
+    """h + mixer(norm(h)); an MLP and a mixture remember nothing. With return_routing (h, Routing or None)."""
 
     def __init__(self, kind: str, config: HybridConfig, layer: int, **factory):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, **factory)
         self.mixer = _mixer(kind, config, layer, **factory)
 
-    def forward(self, h: Tensor, cu_seqlens=None, cache=None, **rows) -> Tensor:
-        x = self.norm(h.to(self.norm.weight.dtype))
+    def forward(
+        self, h: Tensor, cu_seqlens=None, cache=None, *, mask=None, return_routing=False, **rows
+    ) -> Tensor | tuple[Tensor, Routing | None]:
+        x, routing = self.norm(h.to(self.norm.weight.dtype)), None
         if isinstance(self.mixer, MLP):
-            return h + self.mixer(x)
-        return h + self.mixer(x, cu_seqlens, cache, **rows)
+            y = self.mixer(x)
+        elif not isinstance(self.mixer, LatentMoE):
+            y = self.mixer(x, cu_seqlens, cache, **rows)
+        elif return_routing:
+            y, routing = self.mixer(x, mask, cu_seqlens, return_routing=True)
+        else:
+            y = self.mixer(x, mask, cu_seqlens)
+        return (h + y, routing) if return_routing else h + y
 
 
 class Backbone(nn.Module):
@@ -85,7 +112,9 @@ class Backbone(nn.Module):
         *,
         slots: Tensor | None = None,
         num_tokens: Tensor | None = None,
-    ) -> Tensor:
+        mask: Tensor | None = None,
+        return_routing: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Routing]]:
         """(b,l,d_model); arguments as in `HybridLM.forward`."""
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (b, l)")
@@ -100,12 +129,17 @@ class Backbone(nn.Module):
         else:
             layer_caches, where = cache.layers, {"slots": slots, "num_tokens": num_tokens}
             added = cache.begin(rows, length, slots, num_tokens, cu_seqlens)
-        h = self.embeddings(input_ids).to(self.residual_dtype)
+            if num_tokens is not None and mask is None:
+                mask = torch.arange(length, device=input_ids.device) < num_tokens[:, None]
+        h, routings = self.embeddings(input_ids).to(self.residual_dtype), []
+        where |= {"mask": mask, "return_routing": True}
         for layer, layer_cache in zip(self.layers, layer_caches):
-            h = layer(h, cu_seqlens, layer_cache, **where)
+            h, routing = layer(h, cu_seqlens, layer_cache, **where)
+            routings += [] if routing is None else [routing]
         if cache is not None:
             cache.finish(slots, added, length)
-        return self.norm_f(h.to(self.norm_f.weight.dtype))
+        h = self.norm_f(h.to(self.norm_f.weight.dtype))
+        return (h, routings) if return_routing else h
 
 
 class HybridLM(nn.Module):
@@ -114,9 +148,6 @@ class HybridLM(nn.Module):
     Args:
         config: sizes, or a name of `tigon.models.PRESETS`.
         device, dtype: of the parameters; "meta" for shapes alone.
-
-    Raises:
-        NotImplementedError: the pattern holds a kind of layer that does not exist yet, by name.
     """
 
     def __init__(
@@ -124,10 +155,6 @@ class HybridLM(nn.Module):
     ):
         super().__init__()
         config = preset(config) if isinstance(config, str) else config
-        if "E" in config.pattern:
-            raise NotImplementedError(
-                f"HybridLM: layer kind 'E' ({LAYER_KINDS['E']}) is not in this version; pattern={config.pattern!r}"
-            )
         self.config = config
         self.backbone = Backbone(config, device=device, dtype=dtype)
         self.lm_head = Linear(
@@ -153,6 +180,11 @@ class HybridLM(nn.Module):
                 nn.init.normal_(module.weight, std=std * scale if residual else std)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, Router):
+                nn.init.normal_(module.weight, std=std)
+            elif isinstance(module, Experts):
+                nn.init.normal_(module.up, std=std)
+                nn.init.normal_(module.down_proj, std=std * scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (…,d_model) -> (…,V) fp32 (fp64 for fp64)."""
@@ -167,8 +199,11 @@ class HybridLM(nn.Module):
         *,
         slots: Tensor | None = None,
         num_tokens: Tensor | None = None,
-    ) -> Tensor:
-        """Logits (b,l,V) in fp32, or the mean cross entropy in nats if labels are given.
+        mask: Tensor | None = None,
+        return_routing: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Routing]]:
+        """Logits (b,l,V) in fp32, or the mean cross entropy in nats if labels are given; in training mode the router
+        losses of the config are added to it.
 
         Args:
             input_ids: (b,l) int64; packed sequences: (1,l).
@@ -177,15 +212,39 @@ class HybridLM(nn.Module):
             labels: (b,l) int64, the token that follows each input token; -100 where none counts.
             slots: (b) or (s) int64, the cache's slot of each row or sequence; None: slot i. Negative: padding.
             num_tokens: (b) int32 or int64, real tokens of each row of a dense batch padded on the right.
+            mask: (b,l) bool, False at padding on the right that no expert is to see or count; num_tokens says it too.
+            return_routing: also return the `Routing` of every E layer, for `update_bias` and statistics.
 
         Raises:
             ValueError: arguments that contradict each other, or no room in the cache, by name.
         """
-        hidden = self.backbone(input_ids, cu_seqlens, cache, slots=slots, num_tokens=num_tokens)
-        logits = self.logits(hidden)
-        if labels is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        hidden, routings = self.backbone(
+            *(input_ids, cu_seqlens, cache),
+            slots=slots,
+            num_tokens=num_tokens,
+            mask=mask,
+            return_routing=True,
+        )
+        result = self.logits(hidden)
+        if labels is not None:
+            result = F.cross_entropy(result.flatten(0, 1), labels.flatten(), ignore_index=-100)
+            if self.training:
+                config = self.config
+                result = result + router_losses(
+                    routings, config.router_aux_loss_coef, config.router_z_loss_coef
+                )
+        return (result, routings) if return_routing else result
+
+    @torch.no_grad()
+    def update_bias(self, counts: Tensor, rate: float = 1e-3, group=None) -> None:
+        """`LatentMoE.update_bias` of every E layer, after the optimizer's step.
+
+        counts: (E layers, e) integers: `torch.stack([r.counts for r in routings])` of `return_routing`, added up over
+        micro-batches. group: processes to add them up over as well, in one all-reduce.
+        """
+        mixers = [m.mixer for m in self.backbone.layers if isinstance(m.mixer, LatentMoE)]
+        for mixer, layer_counts in zip(mixers, total_counts(counts, group), strict=True):
+            mixer.update_bias(layer_counts, rate)
 
     def allocate_cache(
         self, slots: int, max_length: int, *, dtype: torch.dtype | None = None

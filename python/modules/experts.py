@@ -8,6 +8,13 @@ from torch import Tensor, nn
 
 from tigon.ops import Routing, moe_experts
 
+# Of each parameter: an expert's own tensors that stand in its rows, in order.
+PIECES = {
+    "up_proj": ("up_proj",),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}
+
 
 class Experts(nn.Module):
     """x (t,l) and a routing -> (t,l).
@@ -17,8 +24,8 @@ class Experts(nn.Module):
             `tigon.moe_experts`.
 
     Parameters: up_proj (e,m,l) or, gated, gate_up_proj (e,2m,l); down_proj (e,l,m). `load_state_dict` stacks tensors of
-    single experts (0.up_proj.weight, ...) too. Where both parameters have a fp32 `main_grad`, their gradients are added to
-    it, and `grad` stays None.
+    single experts (0.up_proj.weight, ...) too. Where both parameters have a fp32 `main_grad`, their gradients are added
+    to it, and `grad` stays None.
     """
 
     def __init__(
@@ -62,15 +69,10 @@ class Experts(nn.Module):
             accumulate=True,
         )
 
-    def pieces(self) -> dict[str, tuple[str, ...]]:
-        """Of each parameter: the names of an expert's own tensors that stand in its rows, in order."""
-        up = ("gate_proj", "up_proj") if self.gated else ("up_proj",)
-        return {self.up_name: up, "down_proj": ("down_proj",)}
-
     def _load_from_state_dict(self, state_dict, prefix, *args):
         experts = range(self.down_proj.shape[0])
-        for whole, parts in self.pieces().items():
-            names = [[f"{prefix}{j}.{part}.weight" for part in parts] for j in experts]
+        for whole in (self.up_name, "down_proj"):
+            names = [[f"{prefix}{j}.{part}.weight" for part in PIECES[whole]] for j in experts]
             if all(name in state_dict for expert in names for name in expert):
                 each = [torch.cat([state_dict.pop(name) for name in expert]) for expert in names]
                 state_dict[prefix + whole] = torch.stack(each)

@@ -4,11 +4,11 @@
     z = W_1 x;   out = W_2 (sum_j w_j D_{e_j} act(U_{e_j} z)) + shared(x)
 
 x (...,d), z (t,l), U (e,m,l), D (e,l,m). The router and the shared expert see the full width. Without a latent width,
-z = x and there is neither W_1 nor W_2: an ordinary mixture. The bias b chooses and does nothing else; `update_bias` moves
-it towards experts that are chosen too rarely.
+z = x and there is neither W_1 nor W_2: an ordinary mixture. The bias b chooses and does nothing else; `update_bias`
+moves it towards experts that are chosen too rarely.
 
-Sources: "Nemotron 3" (arXiv 2512.20856), section 2.2, and "LatentMoE" (2601.18089); Wang et al. 2024, "Auxiliary-Loss-Free
-Load Balancing" (2408.15664).
+Sources: "Nemotron 3" (arXiv 2512.20856), section 2.2, and "LatentMoE" (2601.18089); Wang et al. 2024,
+"Auxiliary-Loss-Free Load Balancing" (2408.15664).
 """
 
 import math
@@ -27,8 +27,8 @@ from tigon.ops import Routing, moe_route
 class Router(nn.Module):
     """x (t,d) -> logits (t,e) in fp32 (fp64 for fp64), whatever the dtypes and autocast.
 
-    weight (e,d). e_score_correction_bias (e), a buffer that stays fp32 when the model is cast; it is added to the scores
-    by whoever chooses.
+    weight (e,d). e_score_correction_bias (e), a buffer that stays fp32 when the model is cast; whoever chooses adds it
+    to the scores.
     """
 
     def __init__(self, d_model: int, experts: int, device=None, dtype=None):
@@ -67,7 +67,7 @@ class LatentMoE(nn.Module):
         bias: whether the latent projections and the shared expert have one. Experts have none.
         scale_placement: "weights", or "output": the routed sum is multiplied, before W_2.
         weight_placement, save: as in `tigon.moe_experts`.
-        aux, z_loss: what the returned `Routing` sums up for the losses: scores by "sequence", over the "batch", or none.
+        aux, z_loss: what the returned `Routing` sums up for losses: scores by "sequence", over the "batch", or none.
 
     Parameters, as in transformers' NemotronH: gate.weight (e,d), gate.e_score_correction_bias (e) fp32 (a buffer),
     experts.up_proj (e,m,l) (gated: experts.gate_up_proj (e,2m,l), gate rows first), experts.down_proj (e,l,m),
@@ -106,11 +106,11 @@ class LatentMoE(nn.Module):
         super().__init__()
         if groups < 1 or experts % groups or not 1 <= top_groups <= groups:
             raise ValueError(
-                f"LatentMoE: groups={groups} must divide experts={experts}, and top_groups={top_groups} lie in 1 to groups"
+                f"LatentMoE: groups={groups} must divide experts={experts}, and top_groups={top_groups} lie in 1 to it"
             )
         if not 1 <= top_k <= experts // groups * top_groups:
             raise ValueError(
-                f"LatentMoE: top_k={top_k} must lie in 1 to {experts // groups * top_groups}, the experts to choose from"
+                f"LatentMoE: top_k={top_k} must lie in 1 to the {experts // groups * top_groups} experts to choose from"
             )
         self.aux, self.top_k = aux, top_k
         self.choice = {
@@ -165,7 +165,7 @@ class LatentMoE(nn.Module):
         *,
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, Routing]:
-        """Arguments as in `route`; with return_routing (y, Routing), for `router_losses`, `update_bias` and statistics."""
+        """Arguments as in `route`; with return_routing (y, Routing), for `router_losses` and `update_bias`."""
         routing = self.route(x, mask, cu_seqlens)
         z = x.reshape(-1, x.shape[-1])
         z = z if self.latent is None else self.fc1_latent_proj(z)

@@ -1,8 +1,8 @@
 """FSDP2 for modules that hold Mamba-2 layers, routers or quantized weights.
 
 `MixedPrecisionPolicy(param_dtype=bf16)` casts every parameter of a group. A bf16 A_log puts the decay rate off by up to
-0.5 %, a bf16 router flips choices, and FP8 codes cast to bf16 lose their meaning. Here A_log, D and dt_bias, the routers
-of LatentMoE, and the frozen quantized layers form groups of their own that keep the dtypes they are stored in.
+0.5 %, a bf16 router flips choices, and FP8 codes cast to bf16 lose their meaning. Here A_log, D and dt_bias, the
+routers of LatentMoE, and the frozen quantized layers form groups of their own that keep the dtypes they are stored in.
 """
 
 from torch import nn

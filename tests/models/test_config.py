@@ -6,6 +6,7 @@ import math
 import pytest
 
 from tigon.models import PRESETS, HybridConfig, HybridLM, preset
+from tigon.models.shapes import tensor_shapes
 
 # Billions of parameters. Dense: the model names' cards and reports; MoE: NVIDIA's reports (31.6, 120.6, 550).
 PUBLISHED = {
@@ -45,16 +46,31 @@ def test_preset_has_the_published_layers(name):
     assert counts == LAYERS[name]
 
 
-@pytest.mark.parametrize("name", [n for n, c in PRESETS.items() if "E" not in c.pattern])
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_model_on_the_meta_device_has_the_parameters_that_its_config_counts(name):
-    model = HybridLM(name, device="meta")
-    assert all(p.is_meta for p in model.parameters())
-    assert sum(p.numel() for p in model.parameters()) == preset(name).num_parameters()
+    tensors = HybridLM(name, device="meta").state_dict()  # with the routers' biases
+    assert all(t.is_meta for t in tensors.values())
+    assert sum(t.numel() for t in tensors.values()) == preset(name).num_parameters()
 
 
-def test_layer_kinds_that_do_not_exist_yet_are_named():
-    with pytest.raises(NotImplementedError, match=r"'E' \(LatentMoE\)"):
-        HybridLM("nemotron-3-super", device="meta")
+def test_super_has_the_tensors_and_elements_of_its_checkpoint_but_those_of_token_prediction():
+    config = preset("nemotron-3-super")
+    shapes = tensor_shapes(config.to_dict())
+    # Its multi-token prediction is an attention and an E layer behind a projection of embedding and hidden state.
+    d = config.hidden_size
+    mtp = tensor_shapes(config.replace(pattern="*E", vocab_size=1).to_dict())
+    del (
+        mtp["backbone.embeddings.weight"],
+        mtp["lm_head.weight"],
+    )  # norm_f stands for final_layernorm
+    mtp |= {"enorm": (d,), "hnorm": (d,), "eh_proj": (d, 2 * d)}
+    assert len(shapes) + len(mtp) == 42_683
+    count = sum(math.prod(s) for table in (shapes, mtp) for s in table.values())
+    assert count == 123_611_033_088
+    assert shapes["backbone.layers.1.mixer.experts.511.up_proj.weight"] == (2688, 1024)
+
+
+def test_kinds_and_names_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="pattern='MX'"):
         HybridConfig(pattern="MX")
     with pytest.raises(ValueError, match=r"unknown preset 'nano'.*nemotron-nano-2-9b"):
