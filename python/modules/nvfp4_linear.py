@@ -160,9 +160,9 @@ class NVFP4Linear(QuantizedLinear):
         shape = (self.out_features, self.in_features)
         return NVFP4Tensor(self.weight, self.weight_scale, self.weight_scale_2, shape)
 
-    def _randomness(self, device):
-        wanted = torch.is_grad_enabled()
-        seed = torch.randint(-(2**63), 2**63 - 1, (), device=device) if wanted else None
+    def _randomness(self, x):
+        wanted = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        seed = torch.randint(-(2**63), 2**63 - 1, (), device=x.device) if wanted else None
         return seed, self.signs
 
     def _move_constants(self, device):

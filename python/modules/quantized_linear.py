@@ -247,11 +247,11 @@ class QuantizedLinear(nn.Linear):
         main_grad = getattr(self.weight, "main_grad", None)
         return TrainingProduct.apply(
             *(x, self.weight, self.bias, self._quantizers(), dtype, main_grad),
-            *self._randomness(x.device),
+            *self._randomness(x),
         )
 
-    def _randomness(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """(seed int64 (), signs (16) fp32) for the gradients."""
+    def _randomness(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(seed int64 (), signs (16) fp32) for the gradients; nothing is drawn where none is wanted."""
         return None, None
 
     def _move_constants(self, device: torch.device) -> None:

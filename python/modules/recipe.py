@@ -13,11 +13,13 @@ released checkpoint; "Jet-RL" (2601.14243): FP8 blocks for training and rollout 
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +135,7 @@ _ALWAYS_KEPT = (
     *_keep("router", "*.gate"),
 )
 _MAMBA = ("*.mixer.in_proj", "*.mixer.out_proj")
-_MLP = ("*.up_proj", "*.down_proj")  # dense, of experts and of shared experts
+_MLP = ("*.up_proj", "*.down_proj", "*.gate_proj")  # dense, of experts and of shared experts
 _ATTENTION, _LATENT = "*.[qkvo]_proj", "*.fc[12]_latent_proj"
 _SENSITIVE = (*_keep("attention", _ATTENTION), *_keep("latent projection", _LATENT))
 
@@ -211,6 +213,8 @@ def quantize(
     Raises:
         ValueError: an unknown recipe, a pattern that matches no layer, layers that are quantized or sharded already, an
             amax of no layer of the model, a recipe that leaves nothing quantized, by name. The model is then unchanged.
+
+    Warns where mixers of transformers or mamba_ssm would train on `out_proj.weight` instead of calling the layer.
     """
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     recipe = recipe if frozen is None else recipe.replace(frozen=frozen)
@@ -243,6 +247,7 @@ def quantize(
         model.set_submodule(name, made[id(old)])
         report.replaced[name] = f"{format}, static activation scale" if static else format
     report.bytes_after = _bytes(model)
+    _warn_of_readers(model)
     return report
 
 
@@ -348,3 +353,21 @@ def _check_chosen(
         raise ValueError(f"quantize: amax of no layer of the model: {', '.join(strangers)}")
     if amax and not recipe.frozen:
         raise ValueError("quantize: amax gives static scales to frozen layers; this recipe trains")
+
+
+def _warn_of_readers(model: nn.Module) -> None:
+    """Mixers whose fused training path multiplies out_proj.weight by themselves pass a quantized layer by."""
+    for name, module in model.named_modules():
+        own = [module.__dict__.get(slot) for slot in ("forward", "_old_forward")]
+        if (
+            type(module).__module__.startswith(("transformers.", "mamba_ssm."))
+            and isinstance(getattr(module, "out_proj", None), QuantizedLinear)
+            and hasattr(module, "conv1d")
+            and not any(isinstance(forward, partial) for forward in own)
+        ):
+            warnings.warn(
+                f"quantize: {name} ({type(module).__name__}) may read out_proj.weight in training on a GPU and pass "
+                "the quantized layer by: call tigon.patch(model) for transformers, use_mem_eff_path=False for mamba_ssm",
+                stacklevel=3,
+            )
+            return

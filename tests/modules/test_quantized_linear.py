@@ -110,6 +110,12 @@ def test_gradients_are_reproducible_and_the_same_with_activation_checkpointing(k
     for forward in (layer, lambda t: checkpoint(layer, t, use_reentrant=False)):
         for a, b in zip(first, gradients(forward)):
             assert torch.equal(a, b)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        layer(x)
+    layer.requires_grad_(False)(x)
+    assert torch.equal(torch.get_rng_state(), state)  # no gradient, no draw
+    layer.requires_grad_()
     if isinstance(layer, NVFP4Linear):
         again = run(layer, x, dy)
         assert not torch.equal(again[1], first[0])  # another seed, other bits

@@ -1,5 +1,6 @@
 """Recipes: the published tables by name, what `quantize` replaces and refuses, and models that run on afterwards."""
 
+import warnings
 from collections import Counter
 
 import pytest
@@ -28,6 +29,7 @@ TABLE = {
     "mixer.shared_experts.up_proj":      ("nvfp4",     "fp8",        "fp8-block", "nvfp4-w4a16-mse"),
     "mixer.shared_experts.down_proj":    ("nvfp4",     "fp8",        "fp8-block", "nvfp4-w4a16-mse"),
     "mixer.up_proj":                     ("nvfp4",     "nvfp4-mse",  "fp8-block", "nvfp4-w4a16-mse"),
+    "mixer.gate_proj":                   ("nvfp4",     "nvfp4-mse",  "fp8-block", "nvfp4-w4a16-mse"),
     "mixer.gate":                        (KEEP,) * 4,
 }  # fmt: skip
 
@@ -101,6 +103,7 @@ def test_nemotron_3_super_of_transformers_on_the_meta_device():
     values = {k: v for k, v in values.items() if k not in ("architectures", "model_type")}
     with torch.device("meta"):
         model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**values))
+    tigon.patch(model)
     report = quantize(model, "nemotron-3-super-train")
     assert len(report.replaced) == 34 * 2 + 33 * 2
     assert report.replaced["model.layers.0.mixer.in_proj"] == "nvfp4"
@@ -125,13 +128,19 @@ def test_a_transformers_model_runs_patched_and_quantized():
     model = transformers.NemotronHForCausalLM(config).eval()
     ids = torch.randint(3, 50, (2, 9))
     before = model(ids).logits
-    report = quantize(model, "nvfp4-weight-only")
+    with pytest.warns(UserWarning, match=r"model\.layers\.0\.mixer .*tigon\.patch\(model\)"):
+        report = quantize(model, "nvfp4-weight-only")
     assert len(report.replaced) == 2 + 2 + 4 + 2 + 2
     after = model(ids).logits
     assert 0 < (after - before).norm() < 0.3 * before.norm()
     text = model.generate(ids, max_new_tokens=5, do_sample=False)
     tigon.patch(model)
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), text)
+    patched = transformers.NemotronHForCausalLM(config)
+    tigon.patch(patched)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize(patched, "nemotron-3-super-train")
 
 
 @torch.no_grad()
