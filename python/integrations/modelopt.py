@@ -28,6 +28,7 @@ from tigon.integrations import modelopt_format as form
 from tigon.integrations.modelopt_format import LayerFormat, QuantConfig
 from tigon.modules.fp8_linear import FP8Linear
 from tigon.modules.nvfp4_linear import NVFP4Linear
+from tigon.ops.quantized import FP8Tensor, MXFP8Tensor, NVFP4Tensor, QuantizedTensor
 
 if TYPE_CHECKING:
     from tigon.integrations.checkpoint_findings import Finding
@@ -43,6 +44,11 @@ class Layout:
     def __init__(self, config: QuantConfig):
         self.config = config
         self.formats: dict[str, LayerFormat] = {}  # of the layers that `install` replaced
+        self.decoded: dict[
+            str, LayerFormat
+        ] = {}  # of those with no frozen form, dequantized when they are read
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._parts: dict[str, dict[str, Tensor]] = {}
 
     def own_name(self, stored: str) -> str:
         """A stored tensor's name in the model, after the model's own renaming."""
@@ -55,22 +61,34 @@ class Layout:
     def convert(self, own: str, value: Tensor) -> Tensor:
         """A stored tensor as the frozen layer keeps it."""
         module, _, part = own.rpartition(".")
-        layer = self.formats.get(module)
+        layer = self.formats.get(module) or self.decoded.get(module)
         if layer is None or part not in form.LAYER_PARTS:
             return value
         if part == "weight_scale" and layer.group_size == 32 and layer.algorithm.layer == "nvfp4":
             value = value.view(torch.uint8).repeat_interleave(2, -1).view(value.dtype)
         return value
 
-    def install(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
-        """Replace the linear layers that are quantized by frozen ones on the meta device."""
+    def install(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        others: dict[str, tuple[int, int]] | None = None,
+    ) -> None:
+        """Replace the linear layers that are quantized by frozen ones on the meta device.
+
+        others: sizes of weights on disk that are not a linear layer's, such as single experts'.
+        """
         for name, module in list(model.named_modules()):
             layer = self.config.of(name) if isinstance(module, nn.Linear) else None
             if layer is not None:
                 model.set_submodule(name, frozen(module, layer, dtype))
                 self.formats[name] = layer
+        self._sizes = others or {}
+        for name in self._sizes:
+            if (layer := self.config.of(name)) is not None:
+                self.decoded[name] = layer
         listed = [n for n in self.config.layers or {} if not n.startswith("mtp.")]
-        absent = sorted(set(listed) - set(self.formats))
+        absent = sorted(set(listed) - set(self.formats) - set(self.decoded))
         if absent:
             raise ValueError(
                 f"quantized_layers names what is not a linear layer of the model: {', '.join(absent)}"
@@ -86,7 +104,23 @@ class Layout:
             parts = layer.tensors(module.out_features, module.in_features)
             for part, (dtype, shape) in parts.items():
                 found[f"{name}.{part}"] = (shape, dtype, part == "input_scale")
+        for name, layer in self.decoded.items():
+            for part, (dtype, shape) in layer.tensors(*self._sizes[name]).items():
+                found[f"{name}.{part}"] = (shape, dtype, part == "input_scale")
         return found
+
+    def decode(self, own: str, value: Tensor, dtype: torch.dtype) -> tuple[str, Tensor] | None:
+        """(name, weight) in `dtype` once all parts of a layer in `decoded` have come, else None."""
+        module, _, part = own.rpartition(".")
+        layer, size = self.decoded[module], self._sizes[module]
+        if part == "input_scale":
+            return None
+        parts = self._parts.setdefault(module, {})
+        parts[part] = value
+        if len(parts) < len(layer.tensors(*size).keys() - {"input_scale"}):
+            return None
+        weight = quantized(layer, self._parts.pop(module), size)
+        return f"{module}.weight", weight.dequantize(dtype)
 
     def unscaled(self, found: set[str]) -> list[str]:
         """Layers whose algorithm has a static activation scale that the files do not hold."""
@@ -95,6 +129,21 @@ class Layout:
             for name, layer in self.formats.items()
             if layer.algorithm.input_range is not None and f"{name}.input_scale" not in found
         ]
+
+
+def quantized(
+    layer: LayerFormat, parts: dict[str, Tensor], size: tuple[int, int]
+) -> QuantizedTensor:
+    """The weight (n,k) that a layer's tensors make up."""
+    codes, scale, option = parts["weight"], parts["weight_scale"], layer.algorithm.option
+    if layer.algorithm.layer == "nvfp4":
+        return NVFP4Tensor(codes, scale, parts["weight_scale_2"].reshape(()), size)
+    if option == "mxfp8":
+        return MXFP8Tensor(codes, scale, size)
+    granularity = {"tensor": "tensor", "row": "row", "block": "128x128"}[option]
+    return FP8Tensor(
+        codes, scale.reshape(layer.tensors(*size)["weight_scale"][1]), size, granularity
+    )
 
 
 def frozen(linear: nn.Linear, layer: LayerFormat, dtype: torch.dtype | None = None) -> nn.Module:
@@ -175,6 +224,12 @@ def layout(folder: Path, settings: dict, rename: Callable[[str], str] = str) -> 
 
 def warn_of(found: Layout, names: set[str], skipped: int, folder: Path) -> None:
     """Say what of a checkpoint is not used as it was calibrated."""
+    if found.decoded:
+        warnings.warn(
+            f"{folder}: {len(found.decoded)} quantized weights of experts or embeddings are dequantized, as there is "
+            "no quantized form of these layers",
+            stacklevel=5,
+        )
     unscaled = found.unscaled(names)
     if unscaled:
         warnings.warn(

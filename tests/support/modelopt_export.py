@@ -110,6 +110,7 @@ def cases(mtq):
         "mixed": (nemotron(), mixed),
         "awq": (nemotron("M*-"), mtq.NVFP4_AWQ_LITE_CFG),
         "experts": (nemotron("ME*", dtype=half, **EXPERTS), mtq.NVFP4_DEFAULT_CFG),
+        "experts-w4a16": (nemotron("ME*", **EXPERTS), mtq.W4A16_NVFP4_CFG),
         "llama": (llama(), mtq.NVFP4_DEFAULT_CFG),
     }
 
