@@ -41,8 +41,9 @@ _rooms = {
         "batch_invariant",
         "explain",
     ),
-    "tigon.integrations": ("patch", "unpatch"),
-    "tigon.modules.recipe": ("Recipe", "calibrate", "quantize"),
+    "tigon.integrations": ("patch", "register_experts", "unpatch"),
+    "tigon.modules.quantize": ("calibrate", "quantize"),
+    "tigon.modules.recipe": ("Recipe",),
 }
 _homes = {name: room for room, names in _rooms.items() for name in names}
 _submodules = ("integrations", "models", "modules", "ops")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tigon.cli import demo_lowprec
 from tigon.cli.demo_text import lzma_bits, order_2_bits, split_text
 from tigon.cli.demo_train import BATCH, LENGTH, History, bits_per_byte, train
 from tigon.generation import generate
@@ -44,6 +45,8 @@ def run_demo(args: argparse.Namespace) -> int:
     print(f"saved {args.out / 'model'}")
     _plot(history, args.out / "loss.png")
     _compare(model, training, held_out)
+    steps = min(demo_lowprec.STEPS, steps)
+    demo_lowprec.compare_precisions(model, _ids(training), _ids(held_out), steps, args.seed)
     return _generate(model, args.prompt, args.seed)
 
 

@@ -31,6 +31,9 @@ def test_demo_trains_saves_compares_and_checks_the_decode_path(short, tmp_path, 
         "--- greedy",
         "--- temperature 1",
         "recomputation agree",
+        "fp32 training",
+        "nvfp4 training",
+        "weights in nvfp4",
     ):
         assert part in out
     assert (tmp_path / "loss.png").stat().st_size > 1000

@@ -12,7 +12,7 @@ from torch import nn
 
 from tigon.models import PRESETS, HybridLM
 from tigon.modules import FP8Linear, NVFP4Linear
-from tigon.modules.recipe import quantize
+from tigon.modules.quantize import quantize
 from tigon.modules.sharding import fully_shard
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")

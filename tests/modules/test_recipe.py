@@ -11,7 +11,8 @@ import tigon
 from tigon.generation import generate
 from tigon.models import PRESETS, HybridLM
 from tigon.modules import FP8Linear, NVFP4Linear
-from tigon.modules.recipe import FORMATS, KEEP, RECIPES, Recipe, Rule, calibrate, quantize
+from tigon.modules.quantize import calibrate, quantize
+from tigon.modules.recipe import FORMATS, KEEP, RECIPES, Recipe, Rule
 
 # Kinds of linear layers of Nemotron 3 Super, by the end of their names on disk, and what each recipe makes of them in
 # the middle of the model.
@@ -95,6 +96,14 @@ def test_a_hybrid_of_published_size_on_the_meta_device():
     # 4 bits and a byte for 16, in place of 2 bytes, and one fp32 scale a layer
     assert report.bytes_before - report.bytes_after == linear * 2 - linear * 9 // 16 - 112 * 4
     assert "24 in_proj          nvfp4-w4a16-mse" in str(report)
+
+
+def test_nemotron_3_super_on_the_meta_device():
+    report = quantize(HybridLM("nemotron-3-super", device="meta"), "nemotron-3-super-train")
+    assert len(report.replaced) == 34 * 2 + 33 * 2
+    assert report.replaced["backbone.layers.3.mixer.shared_experts.down_proj"] == "nvfp4"
+    assert report.kept["backbone.layers.3.mixer.fc1_latent_proj"] == "latent projection"
+    assert report.kept["backbone.layers.3.mixer.experts.up_proj"].startswith("the recipe has nvfp4")
 
 
 def test_nemotron_3_super_of_transformers_on_the_meta_device():
