@@ -76,14 +76,17 @@ class Layout:
     ) -> None:
         """Replace the linear layers that are quantized by frozen ones on the meta device.
 
-        others: sizes of weights on disk that are not a linear layer's, such as single experts'.
+        others: sizes of weights on disk that are not a linear layer's, such as single experts'. Embeddings are known,
+        and quantized where a table names them.
         """
+        self._sizes = dict(others or {})
         for name, module in list(model.named_modules()):
             layer = self.config.of(name) if isinstance(module, nn.Linear) else None
             if layer is not None:
                 model.set_submodule(name, frozen(module, layer, dtype))
                 self.formats[name] = layer
-        self._sizes = others or {}
+            if isinstance(module, nn.Embedding) and self.config.layers:
+                self._sizes[name] = tuple(module.weight.shape)
         for name in self._sizes:
             if (layer := self.config.of(name)) is not None:
                 self.decoded[name] = layer
@@ -109,16 +112,16 @@ class Layout:
                 found[f"{name}.{part}"] = (shape, dtype, part == "input_scale")
         return found
 
-    def decode(self, own: str, value: Tensor, dtype: torch.dtype) -> tuple[str, Tensor] | None:
-        """(name, weight) in `dtype` once all parts of a layer in `decoded` have come, else None."""
+    def decode(self, own: str, value: Tensor, dtype: torch.dtype) -> tuple[str, Tensor | None]:
+        """A part of a layer in `decoded` -> its weight's name, and the weight once all parts have come."""
         module, _, part = own.rpartition(".")
         layer, size = self.decoded[module], self._sizes[module]
         if part == "input_scale":
-            return None
+            return own, None
         parts = self._parts.setdefault(module, {})
         parts[part] = value
         if len(parts) < len(layer.tensors(*size).keys() - {"input_scale"}):
-            return None
+            return own, None
         weight = quantized(layer, self._parts.pop(module), size)
         return f"{module}.weight", weight.dequantize(dtype)
 

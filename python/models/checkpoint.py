@@ -80,7 +80,7 @@ def _compare(
                     unknown.append(stored)
     needed = {name for name, (_, _, optional) in expected.items() if not optional}
     got = set(found.values())
-    missing = sorted(needed - got) + sorted(stacks.missing(got))
+    missing = sorted((needed - got).union(stacks.missing(got)))
     problems = [
         f"{kind}: {', '.join(names)}"
         for kind, names in (("unknown", unknown), ("missing", missing), ("misshapen", misshapen))
@@ -121,26 +121,32 @@ def read_into(
     """
     from safetensors import safe_open
 
-    shards = _shards(path)
-    layout.install(model, dtype)
-    expected, stacks = layout.expected(model), Stacks(model)
+    shards, stacks = _shards(path), Stacks(model)
+    single = stacks.shapes()
+    layout.install(model, dtype, {n.removesuffix(".weight"): shape for n, shape in single.items()})
+    expected = layout.expected(model)
     for name in stacks.names:
         expected[name] = (*expected[name][:2], True)
-    expected |= {name: (shape, None, True) for name, shape in stacks.shapes().items()}
+    for name, shape in single.items():
+        expected.setdefault(name, (shape, None, True))
     if tied:
         expected["lm_head.weight"] = (*expected["lm_head.weight"][:2], True)
     names, skipped = _compare(expected, stacks, shards, rename, layout)
     warn_of(layout, set(names.values()), skipped, path)
     device = torch.device("cpu" if device is None else device)
-    buffers = dict(model.named_buffers())
+    buffers, plain = dict(model.named_buffers()), dtype or _plain_dtype(model)
     for shard in shards:
         with safe_open(shard, "pt", device=str(device)) as f:
             for stored in f.keys():  # noqa: SIM118
                 if stored in names:
                     own = names[stored]
                     value = layout.convert(own, f.get_tensor(stored))
-                    if expected[own][1] is None and own not in buffers:
+                    if own.rpartition(".")[0] in layout.decoded:
+                        own, value = layout.decode(own, value, plain)
+                    elif expected[own][1] is None and own not in buffers:
                         value = value.to(dtype)
+                    if value is None:
+                        continue
                     if own in stacks.pieces:
                         stacks.put(own, value)
                     else:

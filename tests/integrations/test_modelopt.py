@@ -15,6 +15,7 @@ import pytest
 import torch
 from peer_process import run_peer
 
+import tigon
 from tigon.generation import generate
 from tigon.integrations import modelopt
 from tigon.integrations import modelopt_format as form
@@ -121,7 +122,7 @@ def test_what_is_written_differently_is_read_to_the_same_model(case, exports, tm
         assert torch.equal(HybridLM.from_pretrained(tmp_path)(truth["ids"]), model(truth["ids"]))
 
 
-@pytest.mark.parametrize("case", [*ALL, "experts", "llama"])
+@pytest.mark.parametrize("case", [*ALL, "experts", "experts-w4a16", "llama"])
 def test_modelopts_own_checkpoints_are_faultless_but_for_its_marker(case, exports):
     folder, _ = exports(case)
     findings = modelopt.validate(folder, "all")
@@ -183,6 +184,45 @@ def test_nothing_of_a_frozen_layer_is_trained(exports):
     frozen = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     assert frozen and not any(p.requires_grad for m in frozen for p in m.parameters())
     assert model.lm_head.weight.requires_grad and model.backbone.layers[0].mixer.A_log.requires_grad
+
+
+@pytest.mark.parametrize("case", ["experts", "experts-w4a16"])
+def test_experts_are_dequantized_to_modelopts_values_with_a_warning(case, exports):
+    folder, truth = exports(case)
+    with pytest.warns(UserWarning, match="8 quantized weights of experts or embeddings"):
+        model = HybridLM.from_pretrained(folder)
+    mixer, stem = model.backbone.layers[1].mixer, "weight.backbone.layers.1.mixer"
+    assert isinstance(mixer.shared_experts.up_proj, QuantizedLinear)
+    dtype = mixer.experts.up_proj.dtype
+    for side in ("up_proj", "down_proj"):
+        theirs = [truth[f"{stem}.experts.{i}.{side}"] for i in range(4)]
+        got, want = getattr(mixer.experts, side), torch.stack(theirs).to(dtype)
+        torch.testing.assert_close(got, want, rtol=3e-7 if case == "experts-w4a16" else 0, atol=0)
+    if case == "experts-w4a16":
+        with torch.no_grad():
+            assert distance(model(truth["ids"]), truth["logits"]) < 1e-5
+
+
+def test_embeddings_that_a_table_names_are_dequantized_wherever_their_parts_lie(exports, tmp_path):
+    """In shards of one tensor each, so that codes and scales come from different files."""
+    folder, _ = exports("mixed")
+    name, layer = "backbone.embeddings", {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+    values = json.loads((folder / form.QUANT_FILE).read_text())
+    values["quantization"]["quantized_layers"][name] = layer
+    tensors = tensors_of(folder)
+    q = tigon.quantize_nvfp4(tensors.pop(f"{name}.weight"))
+    parts = {"weight": q.codes, "weight_scale": q.block_scale, "weight_scale_2": q.tensor_scale}
+    tensors |= {f"{name}.{part}": t for part, t in parts.items()}
+    shutil.copy(folder / "config.json", tmp_path)
+    (tmp_path / form.QUANT_FILE).write_text(json.dumps(values))
+    weight_map = {key: f"model-{i}.safetensors" for i, key in enumerate(tensors)}
+    for key, file in weight_map.items():
+        safetensors_torch.save_file({key: tensors[key]}, tmp_path / file)
+    index = {"weight_map": weight_map}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match="1 quantized weights of experts or embeddings"):
+        model = HybridLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(model.backbone.embeddings.weight, q.dequantize(torch.bfloat16))
 
 
 def test_another_packages_model_takes_the_layers_too(exports):
