@@ -76,8 +76,8 @@ class NVFP4Linear(QuantizedLinear):
     (n, K/2), weight_scale e4m3 (n, K/16), weight_scale_2 () fp32. `from_linear(frozen=True)` quantizes in 1x16 blocks,
     `freeze()` keeps the training form's 16x16.
 
-    x (..., k) may be fp32, bf16 or fp16; so is y. Random bits are drawn from torch's generator in forward, where a
-    gradient is wanted: `torch.manual_seed` makes a run reproducible, activation checkpointing does not change it.
+    x (..., k) may be fp32, bf16 or fp16; so is y. A seed is drawn from torch's generator in each forward that trains:
+    `torch.manual_seed` makes a run reproducible, and activation checkpointing gives the same gradients.
     weight.main_grad (n,k) fp32, where there is one, takes dW in place of weight.grad.
 
     Raises:
@@ -161,7 +161,11 @@ class NVFP4Linear(QuantizedLinear):
         return NVFP4Tensor(self.weight, self.weight_scale, self.weight_scale_2, shape)
 
     def _randomness(self, x):
-        wanted = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        # In training always: reentrant checkpointing runs forward without gradients, then again with the generator's
+        # state of before. Had the first run not drawn, every layer and every step would get the same bits.
+        wanted = self.training or (
+            torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        )
         seed = torch.randint(-(2**63), 2**63 - 1, (), device=x.device) if wanted else None
         return seed, self.signs
 

@@ -130,7 +130,7 @@ def calibrate(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
     modules = model.named_modules(remove_duplicate=False)
-    return {name: m for name, m in modules if isinstance(m, nn.Linear)}
+    return {name: m for name, m in modules if name and isinstance(m, nn.Linear)}
 
 
 def _stacked(model: nn.Module) -> list[str]:

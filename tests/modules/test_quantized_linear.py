@@ -107,15 +107,17 @@ def test_gradients_are_reproducible_and_the_same_with_activation_checkpointing(k
         return grads
 
     first = gradients(layer)
-    for forward in (layer, lambda t: checkpoint(layer, t, use_reentrant=False)):
+    after = torch.get_rng_state()
+    forwards = [lambda t, r=r: checkpoint(layer, t, use_reentrant=r) for r in (False, True)]
+    for forward in (layer, *forwards):
         for a, b in zip(first, gradients(forward)):
             assert torch.equal(a, b)
-    state = torch.get_rng_state()
+        assert torch.equal(torch.get_rng_state(), after)  # what comes next draws the same too
+    layer.eval()
     with torch.no_grad():
         layer(x)
-    layer.requires_grad_(False)(x)
-    assert torch.equal(torch.get_rng_state(), state)  # no gradient, no draw
-    layer.requires_grad_()
+    assert torch.equal(torch.get_rng_state(), after)
+    layer.train()
     if isinstance(layer, NVFP4Linear):
         again = run(layer, x, dy)
         assert not torch.equal(again[1], first[0])  # another seed, other bits

@@ -270,6 +270,7 @@ def test_mistakes_are_refused_by_name_and_change_nothing():
     refuses("no layer of the model matches 'q_proj'", Recipe((("0", "fp8"), ("q_proj", "fp8"))))
     refuses("quantizes no layer", Recipe((Rule("q", "fp8", optional=True),)))
     refuses("quantizes no layer", "fp8-block")
+    refuses("no layer of the model matches", Recipe((("*", "fp8"),)), nn.Linear(4, 4))
     refuses("need layers named", Recipe((("0", "fp8"),), keep_last=1))
     everything = Recipe((("*", "fp8"),))
     refuses("amax of no layer of the model: x", everything, frozen=True, amax={"x": torch.ones(())})
