@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 # Package that defines a model's modules -> the adapter that patches them.
 _ADAPTERS = {"transformers": "tigon.integrations.transformers"}
 
-__all__ = ["patch", "unpatch"]
+__all__ = ["patch", "register_experts", "unpatch"]
 
 
 def patch(model: nn.Module) -> PatchReport:
     """Make a model use Tigon's ops, in place: this instance only, on CPU and GPU, in training and generation.
 
-    Of transformers: Mamba-2 mixers and norms of NemotronH and Mamba2 models, alone or inside another module.
+    Of transformers: Mamba-2 mixers, expert layers and norms of NemotronH and Mamba2 models, alone or inside another
+    module.
     Parameters, `state_dict`, `save_pretrained`, hooks, copying and pickling are untouched; a copy of a patched model is
     patched. Patching twice is the same as once.
 
@@ -47,6 +48,17 @@ def patch(model: nn.Module) -> PatchReport:
 def unpatch(model: nn.Module) -> PatchReport:
     """Undo `patch`, exactly. Returns what was restored; a model that is not patched is left alone."""
     return _adapter(model).unpatch(model)
+
+
+def register_experts() -> None:
+    """Let any model of transformers with fitting experts use Tigon's: `model.set_experts_implementation("tigon")`.
+
+    Fitting are stacked experts without biases, ReLU² or SwiGLU; calling others raises ValueError by name.
+
+    Raises:
+        ImportError: transformers is not installed, or has no interface for experts.
+    """
+    import_module("tigon.integrations.transformers_moe").register_experts()
 
 
 def _adapter(model: nn.Module):

@@ -12,7 +12,8 @@ anything else goes through `update_conv_state` and `update_recurrent_state`, and
 states. Padded tokens (mask 0) are zeroed before in_proj and after the convolution.
 
 Where it differs: `time_step_limit` also holds in the decode step. Packed rows (`seq_idx`, or `cu_seqlens` /
-`cu_seq_lens_q` with batch 1) are kept apart without mamba-ssm; not together with a cache.
+`cu_seq_lens_q` with batch 1) are kept apart without mamba-ssm; not together with a cache. Expert layers are in
+transformers_moe.
 """
 
 from collections import Counter
@@ -26,6 +27,12 @@ from torch import Tensor, nn
 from tigon import ops
 from tigon.integrations.packing import Packing, from_bounds, from_ids
 from tigon.integrations.report import PatchReport
+from tigon.integrations.transformers_moe import (
+    experts_forward,
+    fault_of,
+    moe_forward,
+    router_forward,
+)
 from tigon.ops.conv1d import MAX_WIDTH
 from tigon.ops.ssd import MAX_DIM
 
@@ -180,21 +187,25 @@ _FORWARDS = {
     ("nemotron_h", "NemotronHMamba2Mixer"): mixer_forward,
     ("nemotron_h", "NemotronHRMSNormGated"): gated_norm_forward,
     ("nemotron_h", "NemotronHRMSNorm"): norm_forward,
+    ("nemotron_h", "NemotronHMoE"): moe_forward,
+    ("nemotron_h", "NemotronHTopkRouter"): router_forward,
+    ("nemotron_h", "NemotronHExperts"): experts_forward,
 }
 _KINDS = {
     (f"transformers.models.{model}.modeling_{model}", name): forward
     for (model, name), forward in _FORWARDS.items()
 }
 _OURS = frozenset(_FORWARDS.values())
+_LAYERS = (mixer_forward, moe_forward)  # one of which a model has if it is worth patching
 
 
 def patch(model: nn.Module) -> PatchReport:
     """See `tigon.patch`."""
     found = [(name, m, kind) for name, m in model.named_modules() if (kind := _kind(m))]
-    if not any(_KINDS[kind] is mixer_forward for _, _, kind in found):
+    if not any(_KINDS[kind] in _LAYERS for _, _, kind in found):
         raise ValueError(
-            f"tigon.patch: {type(model).__name__} has no Mamba-2 mixer that Tigon knows; supported are NemotronH "
-            "and Mamba2 models of transformers itself (not remote code)"
+            f"tigon.patch: {type(model).__name__} has no Mamba-2 or expert layer that Tigon knows; supported are "
+            "NemotronH and Mamba2 models of transformers itself (not remote code)"
         )
     _check_version()
     for name, module, kind in found:
@@ -252,13 +263,15 @@ def _check_version() -> None:
 def _check(name: str, module: nn.Module, kind: tuple[str, str]) -> None:
     """Refuse, before anything is changed, what Tigon's ops lack or what patching would lose."""
 
-    def require(holds: bool, what: str) -> None:
+    def require(holds: bool, what: str | None) -> None:
         if not holds:
             raise ValueError(f"tigon.patch: {name} ({kind[1]}) {what}")
 
     own = module.__dict__.get(_slot(module))
     is_original = getattr(own, "__func__", None) is type(module).forward
     require(own is None or _is_ours(own) or is_original, "has a forward of its own already")
+    fault = fault_of(module) if _KINDS[kind] in (router_forward, experts_forward) else None
+    require(fault is None, fault)
     if _KINDS[kind] is not mixer_forward:
         return
     require(

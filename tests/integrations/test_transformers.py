@@ -313,8 +313,7 @@ def test_a_patched_mixer_never_waits_for_the_device(no_host_sync):
 
 @torch.no_grad()
 def test_compiled_forward_is_one_graph_with_the_same_logits(kind):
-    # Without expert layers: those of transformers read values from the device.
-    changes = {"layers_block_type": ["linear_attention", "full_attention"]}
+    changes = {"layers_block_type": ["linear_attention", "full_attention", "moe"]}
     _, patched = twins(kind, **(changes if kind == "nemotron_h" else {"num_hidden_layers": 1}))
     ids = tokens()
     want = patched(ids, use_cache=False).logits
@@ -374,6 +373,9 @@ def test_patch_reports_kinds_and_twice_is_once(kind):
             "NemotronHMamba2Mixer": 2,
             "NemotronHRMSNorm": 6,
             "NemotronHRMSNormGated": 2,
+            "NemotronHMoE": 1,
+            "NemotronHTopkRouter": 1,
+            "NemotronHExperts": 1,
         },
         "mamba2": {"Mamba2Mixer": 2, "Mamba2RMSNorm": 3, "MambaRMSNormGated": 2},
     }
