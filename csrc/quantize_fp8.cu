@@ -61,16 +61,17 @@ __device__ __forceinline__ void store_codes(const float (&v)[kRun], uint8* to, i
 template <typename Io, typename F>
 __device__ __forceinline__ void encode(const QuantizeFp8& a, const Side& side, float factor,
                                        int filled, int last_line) {
-    const int run = threadIdx.x % kRuns;
+    const int run = threadIdx.x % kRuns, first = threadIdx.x / kRuns;
     const int along = side.first + run * kRun, count = side.length - along;
-    const int granules = side.blocks(a.granularity == kMx ? 32 : kTile);
-    const int granule = a.granularity == kMx ? along / 32 : side.first / kTile;
+    const int granule = side.first / kTile, granules = side.blocks(kTile);
+    ScaleWriter exponents(side.column ? a.scale_t : a.scale, side.first_line + first, side.lines,
+                          along / 32, side.blocks(32), a.swizzled);
     uint8* codes = static_cast<uint8*>(side.column ? a.codes_t : a.codes);
     float* scales = static_cast<float*>(side.column ? a.scale_t : a.scale);
-    uint8* exponents = static_cast<uint8*>(side.column ? a.scale_t : a.scale);
     const float* amax = side.column ? a.amax_t : a.amax;
+    if (run % 2 != 0 || a.granularity != kMx) exponents.end = 0;  // one of two lanes writes
 #pragma unroll 1
-    for (int at = threadIdx.x / kRuns; at < last_line; at += kLines) {
+    for (int at = first; at < last_line; at += kLines) {
         const int line = side.first_line + at;
         const bool inside = line < side.lines;
         float v[kRun] = {};
@@ -79,16 +80,14 @@ __device__ __forceinline__ void encode(const QuantizeFp8& a, const Side& side, f
             const float b = max_lanes(largest(v), 2);
             const unsigned exponent = encode_e8m0(__fmul_rn(b, 1.0f / F::kMax));
             factor = decode_e8m0(exponent == 255 ? 255 : exponent == 254 ? 0 : 254 - exponent);
-            if (run % 2 == 0 && has_scale(line, side.lines, granule, granules, a.swizzled))
-                exponents[scale_place(line, granule, granules, a.swizzled)] =
-                    inside && granule < granules ? exponent : 0;
+            exponents.write(line, exponent);
         } else if (a.granularity == kLine128) {
             factor = encode_factor<F>(max_lanes(largest(v), kRuns), a.power_of_two);
             if (run == 0 && inside && count > 0)
                 scales[int64(line) * granules + granule] = __frcp_rn(factor);
         } else if (a.granularity == kLine) {
             factor = encode_factor<F>(inside ? amax[line] : 0.0f, a.power_of_two);
-            if (run == 0 && inside && side.first == 0) scales[line] = __frcp_rn(factor);
+            if (run == 0 && inside && granule == 0) scales[line] = __frcp_rn(factor);
         }
         if (!inside || count <= 0) continue;
 #pragma unroll
@@ -111,7 +110,8 @@ __device__ float amax_of_tile(int filled) {
 }
 
 template <typename Io, typename F>
-__global__ void __launch_bounds__(kThreads, 4) quantize_fp8(const QuantizeFp8 a) {
+__global__ void __launch_bounds__(kThreads, sizeof(Io) == 4 ? 3 : 4)
+    quantize_fp8(const QuantizeFp8 a) {
     const int across = max(1, (a.source.k + kTile - 1) / kTile);
     const int first_row = blockIdx.x / across * kTile, first_column = blockIdx.x % across * kTile;
     const int filled = filled_rows(a.source, first_row, a.make_column);

@@ -86,59 +86,74 @@ __device__ __forceinline__ unsigned scale_for_four(float amax, const Level& leve
     return encode_scale(__fmul_rn(__fmul_rn(amax, level.sixth), 1.5f));
 }
 
-// Scales of the tile's 16x16 blocks, into the table: first each run's amax, then each block's. The
-// errors of four-over-six are added up in the same two steps, over 16 rows as a binary tree.
+// The 16x16 blocks of a tile. Values of runs (128 rows, 8 runs) lie in scratch, and the first 64
+// threads own a block each.
+struct Blocks {
+    int block, run;  // 8 (row / 16) + run
+    bool owner;
+    float* of_runs;
+
+    __device__ Blocks(void* scratch, int filled)
+        : block(threadIdx.x),
+          run(threadIdx.x % kRuns),
+          owner(block < kTileBlocks && block / kRuns * kRun < filled),
+          of_runs(static_cast<float*>(scratch)) {}
+    // The value of a block's row; `four`: of the second table.
+    __device__ float value(int row, bool four) const {
+        return of_runs[((four ? kTile : 0) + block / kRuns * kRun + row) * kRuns + run];
+    }
+    __device__ float sum(bool four) const {
+        float tree[kRun];
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) tree[i] = value(i, four);
+#pragma unroll
+        for (int step = 1; step < kRun; step *= 2)
+#pragma unroll
+            for (int i = 0; i < kRun; i += 2 * step) tree[i] = __fadd_rn(tree[i], tree[i + step]);
+        return tree[0];
+    }
+};
+
+// Where the scale for 4 loses less, it becomes the block's.
+template <typename Io>
+__device__ void choose_scales(const QuantizeNvfp4& a, const Level& level, int filled,
+                              const Blocks& blocks) {
+    TileMemory& memory = tile_memory();
+#pragma unroll 1
+    for (int line = threadIdx.x / kRuns; line < filled; line += kLines) {
+        float v[kRun];
+        gather<Io>(false, line, blocks.run, v);
+        const int block = line / kRun * kRuns + blocks.run, at = line * kRuns + blocks.run;
+        blocks.of_runs[at] = error_with(v, memory.scale[block], level, a.squared_error);
+        blocks.of_runs[kTile * kRuns + at] =
+            error_with(v, memory.other_scale[block], level, a.squared_error);
+    }
+    __syncthreads();
+    if (blocks.owner && blocks.sum(true) < blocks.sum(false))
+        memory.scale[blocks.block] = memory.other_scale[blocks.block];
+    __syncthreads();
+}
+
+// Scales of the tile's 16x16 blocks, into the table: first each run's amax, then each block's.
 template <typename Io, int kRounding>
 __device__ void square_scales(const QuantizeNvfp4& a, const Level& level, int filled) {
     TileMemory& memory = tile_memory();
-    float* of_runs = static_cast<float*>(tile_scratch<Io>());  // (128 rows, 8 runs), twice
-    float* of_runs_four = of_runs + kTile * kRuns;
-    const int run = threadIdx.x % kRuns;
-    const int block_row = threadIdx.x / kRuns, block = threadIdx.x;
-    const bool owner = block < kTileBlocks && block_row * kRun < filled;
-    const float* column = of_runs + block_row * kRun * kRuns + run;  // the block's 16 rows
+    const Blocks blocks(tile_scratch<Io>(), filled);
 #pragma unroll 1
     for (int line = threadIdx.x / kRuns; line < filled; line += kLines) {
         float v[kRun];
-        gather<Io>(false, line, run, v);
-        of_runs[line * kRuns + run] = largest(v);
+        gather<Io>(false, line, blocks.run, v);
+        blocks.of_runs[line * kRuns + blocks.run] = largest(v);
     }
     __syncthreads();
-    if (owner) {
+    if (blocks.owner) {
         float most = 0.0f;
-        for (int i = 0; i < kRun; ++i) most = max_nan(most, column[i * kRuns]);
-        memory.scale[block] = scale_of(most, level);
-        if (kRounding == kFourOverSix) memory.other_scale[block] = scale_for_four(most, level);
+        for (int i = 0; i < kRun; ++i) most = max_nan(most, blocks.value(i, false));
+        memory.scale[blocks.block] = scale_of(most, level);
+        memory.other_scale[blocks.block] = scale_for_four(most, level);
     }
     __syncthreads();
-    if (kRounding != kFourOverSix) return;
-#pragma unroll 1
-    for (int line = threadIdx.x / kRuns; line < filled; line += kLines) {
-        float v[kRun];
-        gather<Io>(false, line, run, v);
-        const int at = line / kRun * kRuns + run;
-        of_runs[line * kRuns + run] = error_with(v, memory.scale[at], level, a.squared_error);
-        of_runs_four[line * kRuns + run] =
-            error_with(v, memory.other_scale[at], level, a.squared_error);
-    }
-    __syncthreads();
-    if (owner) {
-        float sums[2];
-#pragma unroll
-        for (int four = 0; four < 2; ++four) {
-            float tree[kRun];
-#pragma unroll
-            for (int i = 0; i < kRun; ++i) tree[i] = column[(four * kTile + i) * kRuns];
-#pragma unroll
-            for (int step = 1; step < kRun; step *= 2)
-#pragma unroll
-                for (int i = 0; i < kRun; i += 2 * step)
-                    tree[i] = __fadd_rn(tree[i], tree[i + step]);
-            sums[four] = tree[0];
-        }
-        if (sums[1] < sums[0]) memory.scale[block] = memory.other_scale[block];
-    }
-    __syncthreads();
+    if constexpr (kRounding == kFourOverSix) choose_scales<Io>(a, level, filled, blocks);
 }
 
 // Random bytes of the column-wise copy: 16 neighbours of a row share a counter, so they are drawn
@@ -190,14 +205,16 @@ __device__ __forceinline__ void encode(const QuantizeNvfp4& a, const Side& side,
     const uint8* random = static_cast<const uint8*>(tile_scratch<Io>());
     const bool rotate = side.column ? a.hadamard_column : a.hadamard_row;
     const int run = threadIdx.x % kRuns, block = side.first / kRun + run;
-    const int blocks = side.blocks(kRun);
-    uint2* codes = static_cast<uint2*>(side.column ? a.codes_t : a.codes);
-    uint8* scales = static_cast<uint8*>(side.column ? a.scale_t : a.scale);
+    const int blocks = side.blocks(kRun), first = threadIdx.x / kRuns;
+    ScaleWriter scales(side.column ? a.scale_t : a.scale, side.first_line + first, side.lines,
+                       block, blocks, a.swizzled);
+    uint2* codes = static_cast<uint2*>(side.column ? a.codes_t : a.codes) +
+                   int64(side.first_line + first) * blocks + block;
 #pragma unroll 1
-    for (int at = threadIdx.x / kRuns; at < last_line; at += kLines) {
+    for (int at = first; at < last_line; at += kLines) {
         const int line = side.first_line + at;
         unsigned scale = 0;
-        if (line < side.lines && block < blocks) {
+        if (line < scales.real) {
             if (a.per_row) level = Level(a, a.amax[line]);
             float v[kRun];
             gather<Io>(side.column, at, run, v);
@@ -225,10 +242,10 @@ __device__ __forceinline__ void encode(const QuantizeNvfp4& a, const Side& side,
                 pair = make_uint2(nearest_e2m1(v), nearest_e2m1(v + 8));
             }
             if (scale == 0x7f) pair = make_uint2(0x77777777u, 0x77777777u);
-            codes[int64(line) * blocks + block] = pair;
+            *codes = pair;
         }
-        if (has_scale(line, side.lines, block, blocks, a.swizzled))
-            scales[scale_place(line, block, blocks, a.swizzled)] = scale;
+        scales.write(line, scale);
+        codes += int64(kLines) * blocks;
     }
 }
 

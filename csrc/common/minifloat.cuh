@@ -55,20 +55,21 @@ __device__ __forceinline__ float nearest_value(float magnitude) {
     return __fsub_rn(__fadd_rn(magnitude, up), up);
 }
 
-// Code of a magnitude in [0, 6] after adding byte/256 of the last place and cutting.
-__device__ __forceinline__ unsigned stochastic_code(float magnitude, unsigned byte) {
-    // 2^23 + byte by its bits: cheaper than a conversion. byte * place is exact, so fusing is too.
-    const float random = __fsub_rn(__uint_as_float(0x4b000000u | byte), 8388608.0f);
-    const float place = __uint_as_float(binade<E2M1>(magnitude) - (9u << 23));
-    const float moved = __fmaf_rn(random, place, magnitude);
-    const unsigned w = binade<E2M1>(moved);
-    return code_of<E2M1>(__fadd_rz(moved, anchor<E2M1>(w)), w);
+// The E2M1 code of v in the upper 4 bits, for a magnitude in [0, 6] that is rounded to nearest even
+// or cut. The anchor is 2 last places above a power of two: that makes the exponent field right.
+template <bool kCut>
+__device__ __forceinline__ unsigned upper_e2m1(float magnitude, float v) {
+    const unsigned w = binade<E2M1>(magnitude);
+    const float up = __uint_as_float(w + (22u << 23) + 2);
+    const float sum = kCut ? __fadd_rz(magnitude, up) : __fadd_rn(magnitude, up);
+    const unsigned code = (__float_as_uint(sum) << 28) + (w << 6);
+    return (code & 0x7fffffff) | (__float_as_uint(v) & 0x80000000);
 }
 
 // Codes of 8 numbers, the first one in the lowest 4 bits. None may be a NaN.
 __device__ __forceinline__ unsigned nearest_e2m1(const float* v) {
+    unsigned codes = 0;
 #if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL)
-    unsigned codes;
     asm("{ .reg .b8 a, b, c, d;\n"
         "cvt.rn.satfinite.e2m1x2.f32 a, %2, %1;\n"
         "cvt.rn.satfinite.e2m1x2.f32 b, %4, %3;\n"
@@ -77,26 +78,27 @@ __device__ __forceinline__ unsigned nearest_e2m1(const float* v) {
         "mov.b32 %0, {a, b, c, d}; }"
         : "=r"(codes)
         : "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "f"(v[4]), "f"(v[5]), "f"(v[6]), "f"(v[7]));
-    return codes;
 #else
-    unsigned codes = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const unsigned code = nearest_code<E2M1>(fminf(fabsf(v[i]), E2M1::kMax));
-        codes += ((code & 7) | (__float_as_uint(v[i]) >> 28 & 8)) << (4 * i);
-    }
-    return codes;
+    for (int i = 7; i >= 0; --i)
+        codes = codes << 4 | upper_e2m1<false>(fminf(fabsf(v[i]), E2M1::kMax), v[i]) >> 28;
 #endif
+    return codes;
 }
 
-// The same with the random bytes of two words.
+// The same after adding byte/256 of the last place to each magnitude and cutting: 8 random bytes.
 __device__ __forceinline__ unsigned stochastic_e2m1(const float* v, const unsigned* random) {
     unsigned codes = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 7; i >= 0; --i) {
         const unsigned byte = random[i / 4] >> (8 * (i % 4)) & 255;
-        const unsigned code = stochastic_code(fminf(fabsf(v[i]), E2M1::kMax), byte);
-        codes += ((code & 7) | (__float_as_uint(v[i]) >> 28 & 8)) << (4 * i);
+        // 2^23 + byte by its bits: cheaper than a conversion. Its product is exact, so fusing is
+        // too.
+        const float whole = __fsub_rn(__uint_as_float(0x4b000000u | byte), 8388608.0f);
+        const float magnitude = fminf(fabsf(v[i]), E2M1::kMax);
+        const float place = __uint_as_float(binade<E2M1>(magnitude) - (9u << 23));
+        const float moved = __fmaf_rn(whole, place, magnitude);
+        codes = codes << 4 | upper_e2m1<true>(moved, v[i]) >> 28;
     }
     return codes;
 }

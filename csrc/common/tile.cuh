@@ -18,8 +18,9 @@ namespace tigon {
 constexpr int kTile = 128;
 constexpr int kThreads = 256;
 constexpr int kRun = 16;
-constexpr int kRuns = kTile / kRun;         // of a line
-constexpr int kLines = kThreads / kRuns;    // at work at a time
+constexpr int kRuns = kTile / kRun;       // of a line
+constexpr int kLines = kThreads / kRuns;  // at work at a time
+static_assert(kLines == 32, "the 128x4 layout puts every 32nd line side by side");
 constexpr int kTileBlocks = kRuns * kRuns;  // of 16x16
 
 // One of the two copies, as this block sees it. Its lines are rows of x, or columns.
@@ -74,10 +75,8 @@ __device__ __forceinline__ int filled_rows(const Source& a, int first_row, bool 
 template <typename Io>
 __device__ void load_tile(const Source& a, int first_row, int first_column, int filled,
                           const float* signs) {
-    constexpr int kStep = kVector<Io>, kChunks = kTile / kStep, kBatch = 4;
+    constexpr int kStep = kVector<Io>, kChunks = kTile / kStep;
     TileMemory& memory = tile_memory();
-    Io* tile = tile_data<Io>();
-    const bool gated = a.prologue >= kGateFirst;
     if (signs && threadIdx.x < kRun) memory.signs[threadIdx.x] = signs[threadIdx.x];
     if (a.prologue >= kNorm) {
         const int column = first_column + threadIdx.x;
@@ -86,40 +85,55 @@ __device__ void load_tile(const Source& a, int first_row, int first_column, int 
                 column < a.k ? load_as(a.weight, column, a.weight_dtype) : 0.0f;
         __syncthreads();
     }
-    const Io* x = static_cast<const Io*>(a.x) + first_row * a.x_stride + first_column;
-    const Io* z =
-        gated ? static_cast<const Io*>(a.z) + first_row * a.z_stride + first_column : nullptr;
-    const int rows = a.m - first_row, columns = a.k - first_column;
-    const bool vectors = a.vectors && columns >= kTile;  // whole 16 bytes everywhere
-    // Loads of a batch are in flight together.
+    // A thread keeps its chunk of the row, and steps over rows.
+    const int chunk = threadIdx.x % kChunks, column = first_column + chunk * kStep;
+    const int rows = a.m - first_row, count = a.k - column;
+    const bool gated = a.prologue >= kGateFirst;
+    Io* tile = tile_data<Io>();
+    const auto begin = [&](const void* matrix, int64 stride, bool real) {
+        return real ? static_cast<const Io*>(matrix) + first_row * stride + column : nullptr;
+    };
+    const Io* x = begin(a.x, a.x_stride, count > 0);
+    const Io* z = begin(a.z, a.z_stride, count > 0 && gated);
+    const auto load = [&](const Io* from, int64 stride, int row) {
+        if (row >= rows || count <= 0) return make_uint4(0, 0, 0, 0);
+        return fetch(from + row * stride, count, a.vectors);
+    };
+    const auto store = [&](int row, uint4 bits) {
+        if (row < filled) *reinterpret_cast<uint4*>(tile + place<Io>(row, chunk)) = bits;
+    };
+    constexpr int kStepRows = kThreads / kChunks, kBatch = 4;
+    int row = threadIdx.x / kChunks;
+    if (a.prologue == kPlain && a.vectors && count >= kStep) {
 #pragma unroll 1
-    for (int first = threadIdx.x; first < filled * kChunks; first += kBatch * kThreads) {
-        uint4 x_bits[kBatch], z_bits[kBatch];
+        for (; row < filled; row += kBatch * kStepRows) {
+            uint4 bits[kBatch];  // in flight together
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const int at = first + i * kThreads, row = at / kChunks, column = at % kChunks * kStep;
-            x_bits[i] = z_bits[i] = make_uint4(0, 0, 0, 0);
-            if (row >= filled || row >= rows) continue;
-            if (vectors) {
-                x_bits[i] = *reinterpret_cast<const uint4*>(x + row * a.x_stride + column);
-                if (gated)
-                    z_bits[i] = *reinterpret_cast<const uint4*>(z + row * a.z_stride + column);
+            for (int i = 0; i < kBatch; ++i) {
+                bits[i] = make_uint4(0, 0, 0, 0);
+                const int at = row + i * kStepRows;
+                if (at < rows) bits[i] = *reinterpret_cast<const uint4*>(x + at * a.x_stride);
             }
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) store(row + i * kStepRows, bits[i]);
+        }
+        return;
+    }
+#pragma unroll 1
+    for (; row < filled; row += 2 * kStepRows) {
+        uint4 bits[2] = {load(x, a.x_stride, row), load(x, a.x_stride, row + kStepRows)};
+        uint4 gates[2];
+        if (gated) {
+            gates[0] = load(z, a.z_stride, row);
+            gates[1] = load(z, a.z_stride, row + kStepRows);
         }
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const int at = first + i * kThreads, row = at / kChunks, chunk = at % kChunks;
-            if (row >= filled) continue;
-            const int column = chunk * kStep, count = columns - column;
-            if (!vectors && row < rows && count > 0) {
-                x_bits[i] = fetch(x + row * a.x_stride + column, count, a.vectors);
-                if (gated) z_bits[i] = fetch(z + row * a.z_stride + column, count, a.vectors);
-            }
-            if (a.prologue != kPlain && row < rows && count > 0)
-                x_bits[i] =
-                    apply_prologue<Io>(a, x_bits[i], z_bits[i], first_row + int64(row),
-                                       first_column + column, count, memory.weight + column);
-            *reinterpret_cast<uint4*>(tile + place<Io>(row, chunk)) = x_bits[i];
+        for (int i = 0; i < 2; ++i) {
+            const int at = row + i * kStepRows;
+            if (a.prologue != kPlain && at < rows && count > 0)
+                bits[i] = apply_prologue<Io>(a, bits[i], gates[i], first_row + at, column, count,
+                                             memory.weight + chunk * kStep);
+            store(at, bits[i]);
         }
     }
 }
@@ -162,11 +176,16 @@ __device__ __forceinline__ void hadamard_16(float (&v)[kRun], const float* signs
     for (int i = 0; i < kRun; ++i) v[i] = __fmul_rn(v[i], 0.25f);
 }
 
+// max |v| as a tree: a chain would wait for each step.
 __device__ __forceinline__ float largest(const float (&v)[kRun]) {
-    float most = 0.0f;
+    float most[kRun / 2];
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) most = max_nan(most, fabsf(v[i]));
-    return most;
+    for (int i = 0; i < kRun / 2; ++i) most[i] = max_nan(fabsf(v[i]), fabsf(v[i + kRun / 2]));
+#pragma unroll
+    for (int step = kRun / 4; step > 0; step /= 2)
+#pragma unroll
+        for (int i = 0; i < step; ++i) most[i] = max_nan(most[i], most[i + step]);
+    return most[0];
 }
 
 // The largest value of the block, in all threads. Contains two barriers.
@@ -188,11 +207,26 @@ __device__ __forceinline__ int64 scale_place(int line, int block, int blocks, bo
     return tile * 512 + line % 32 * 16 + line % 128 / 32 * 4 + block % 4;
 }
 
-// Whether (line, block) exists, or is padding of the swizzled layout, which is zero.
-__device__ __forceinline__ bool has_scale(int line, int lines, int block, int blocks,
-                                          bool swizzled) {
-    if (!swizzled) return line < lines && block < blocks;
-    return line < (lines + 127) / 128 * 128 && block < (blocks + 3) / 4 * 4;
-}
+// The scales that a thread writes: of one block of every kLines-th line of the tile. Padding of the
+// swizzled layout is written too, as zero.
+struct ScaleWriter {
+    uint8* at;
+    int64 step;
+    int end;   // of the lines that have a place
+    int real;  // of the lines that have a scale
+
+    __device__ ScaleWriter(void* scales, int line, int lines, int block, int blocks, bool swizzled)
+        : at(static_cast<uint8*>(scales) + scale_place(line, block, blocks, swizzled)),
+          step(swizzled ? 4 : int64(kLines) * blocks),
+          end(swizzled ? (lines + 127) / 128 * 128 : lines),
+          real(block < blocks ? lines : 0) {
+        if (block >= (swizzled ? (blocks + 3) / 4 * 4 : blocks)) end = 0;
+    }
+    // Of the next line in turn; 32 lines on is one word on in the swizzled layout.
+    __device__ void write(int line, unsigned scale) {
+        if (line < end) *at = line < real ? scale : 0;
+        at += step;
+    }
+};
 
 }  // namespace tigon

@@ -144,7 +144,7 @@ PLANS = {
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An output, every byte of which a kernel will write."""
+    """Memory for a kernel to write, every byte of it."""
     import torch
 
     return torch.empty(shape, dtype=dtype, device=device)
@@ -186,9 +186,8 @@ class _Source:
         import torch
 
         sizes = (self.m, self.k) if per_line else (1, 1)
-        found = torch.zeros(
-            row * sizes[0] + column * sizes[1], dtype=torch.float32, device=self.x.device
-        )
+        count = row * sizes[0] + column * sizes[1]
+        found = allocate((count,), torch.float32, self.x.device).zero_()
         rows, columns = found[: row * sizes[0]], found[row * sizes[0] :]
         if self.m and self.k:
             arguments = AMAX.pack(

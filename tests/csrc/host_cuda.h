@@ -108,6 +108,52 @@ inline float __shfl_xor_sync(unsigned, float value, int offset) {
     return values[lane ^ offset];
 }
 
+// What the lane `source` gives; all lanes of the warp take part.
+template <typename T>
+T host_lane(T value, int source) {
+    static_assert(sizeof(T) == 4);
+    float bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    bits = __shfl_xor_sync(0, bits, host::current->lane() ^ source);
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+inline int __shfl_up_sync(unsigned, int value, int offset) {
+    const int lane = host::current->lane();
+    return host_lane(value, lane < offset ? lane : lane - offset);
+}
+template <typename T, typename Combine>
+T host_reduce(T value, Combine combine) {
+    for (int offset = 1; offset < host::kWarp; offset *= 2)
+        value = combine(value, host_lane(value, host::current->lane() ^ offset));
+    return value;
+}
+template <typename T>
+T __reduce_add_sync(unsigned, T value) {
+    return host_reduce(value, [](T a, T b) { return a + b; });
+}
+template <typename T>
+T __reduce_max_sync(unsigned, T value) {
+    return host_reduce(value, [](T a, T b) { return a < b ? b : a; });
+}
+template <typename T>
+T __reduce_min_sync(unsigned, T value) {
+    return host_reduce(value, [](T a, T b) { return a < b ? a : b; });
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
+    return host_reduce(value ? 1u << host::current->lane() : 0u,
+                       [](unsigned a, unsigned b) { return a | b; });
+}
+inline bool __any_sync(unsigned mask, bool value) {
+    return __ballot_sync(mask, value) != 0;
+}
+inline void __syncwarp() {
+    host::current->warp().barrier.arrive_and_wait();
+}
+inline int __popc(unsigned bits) {
+    return __builtin_popcount(bits);
+}
+
 inline float* host_shared_memory() {
     return reinterpret_cast<float*>(host::current->block->shared.get());
 }
@@ -118,6 +164,13 @@ inline int atomicMax(int* place, int value) {
                                                         __ATOMIC_RELAXED)) {
     }
     return seen;
+}
+
+inline int atomicAdd(int* place, int value) {
+    return __atomic_fetch_add(place, value, __ATOMIC_RELAXED);
+}
+inline unsigned atomicOr(unsigned* place, unsigned value) {
+    return __atomic_fetch_or(place, value, __ATOMIC_RELAXED);
 }
 
 inline unsigned __float_as_uint(float value) {

@@ -30,6 +30,18 @@ KernelTable conv1d_update_kernels() {
 KernelTable dequantize_kernels() {
     return {};
 }
+KernelTable moe_route_backward_kernels() {
+    return {};
+}
+KernelTable moe_route_kernels() {
+    return {};
+}
+KernelTable moe_sort_kernels() {
+    return {};
+}
+KernelTable moe_sums_kernels() {
+    return {};
+}
 KernelTable quantize_fp8_kernels() {
     return {};
 }

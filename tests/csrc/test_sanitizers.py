@@ -10,9 +10,13 @@ import host_build
 import pytest
 import torch
 from decode_cases import conv1d_check, conv1d_plain, moved, ssd_check, ssd_plain
-from sanitized import Sanitized, SanitizerError
+from quantize_cases import check as check_quantized
+from quantize_cases import nvfp4, signs
+from quantize_cases import source as quantizer_source
+from sanitized import Sanitized, SanitizerError, pointer_places
 
 from tigon import native
+from tigon.native import quantize
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 ALL = dict(D="hp", z=True, bias=True, ragged=True, slots="padded", layout="sliced")
@@ -59,6 +63,53 @@ def test_conv1d_update_is_clean(sanitizer, case, tmp_path):
     arguments = moved(before, "cpu")
     y = run(sanitizer, arguments, arguments["x"], native.conv1d_update, 7, tmp_path)
     conv1d_check(arguments, y, before)
+
+
+PACKED = (quantize.AMAX, quantize.QUANTIZE_NVFP4, quantize.QUANTIZE_FP8, quantize.DEQUANTIZE)
+PLACES = {packed.size: pointer_places(packed) for packed in PACKED}
+SEED = torch.tensor(99)
+
+
+def matrix(m, k, dtype=BRAIN, prologue="none", layout="packed", group=None) -> dict:
+    fields = quantizer_source(m, k, dtype, prologue, layout, FULL, group, special=True)
+    return dict(zip(("x", "z", "weight", "rstd", "prologue"), fields))
+
+
+QUANTIZE = [
+    ("quantize_nvfp4", matrix(37, 70, layout="sliced") | dict(column=True, swizzled=True)),
+    ("quantize_nvfp4", matrix(130, 48, HALF, "gate_last", group=16) | dict(
+        column=True, swizzled=True, hadamard=signs(), rounding="stochastic", seed=SEED, offset=5)),
+    ("quantize_nvfp4", matrix(33, 144, FULL, "relu2") | dict(
+        column=True, square=True, four_over_six="mse")),
+    ("quantize_nvfp4", matrix(20, 40, prologue="norm") | dict(
+        per_row=True, rounding="stochastic", seed=SEED, swizzled=True)),
+    ("quantize_fp8", matrix(40, 144, FULL, layout="sliced") | dict(
+        amax=None, granularity="128x128", e5m2=False, power_of_two=True, row=True, column=True)),
+    ("quantize_fp8", matrix(33, 150) | dict(
+        amax=None, granularity="row", e5m2=True, power_of_two=False, row=True, column=True)),
+    ("quantize_fp8", matrix(130, 7, HALF) | dict(
+        amax=None, granularity="1x128", e5m2=True, power_of_two=False, row=True, column=True)),
+    ("quantize_mxfp8", matrix(70, 130, prologue="gate_first") | dict(
+        e5m2=False, row=True, column=True, swizzled=True)),
+    ("dequantize", dict(
+        codes=torch.randint(256, (5, 16), dtype=torch.uint8), k=17, format="nvfp4", dtype=BRAIN,
+        scale=torch.zeros(512, dtype=torch.float8_e4m3fn), tensor_scale=torch.ones(5), swizzled=True)),
+    ("dequantize", dict(
+        codes=torch.zeros(130, 40, dtype=torch.float8_e5m2), k=40, format="fp8-128x128", dtype=FULL,
+        scale=torch.ones(2, 1), tensor_scale=None, swizzled=False)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(QUANTIZE)))
+def test_quantizers_are_clean(sanitizer, case, tmp_path):
+    name, arguments = QUANTIZE[case]
+    arguments = nvfp4() | arguments if name == "quantize_nvfp4" else arguments
+    loader = Sanitized(sanitizer, tensors(arguments), 0, PLACES, tmp_path)
+    native.use_host_library(loader)
+    try:
+        check_quantized(name, arguments, loader.know)
+    finally:
+        native.use_host_library(None)
 
 
 def reverse(kind: str, folder: Path, barrier: int = 1, extra: int = 0) -> torch.Tensor:

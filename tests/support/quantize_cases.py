@@ -65,17 +65,16 @@ def expected(name: str, arguments: dict) -> tuple[torch.Tensor, ...]:
 
 
 @contextmanager
-def poisoned_outputs():
+def poisoned_outputs(know):
     """Outputs of the launchers lie in guarded memory and begin as poison; yields what was allocated."""
     made = []
 
     def allocate(shape, dtype, device):
         size = torch.empty(shape, dtype=dtype, device="meta").nbytes
         buffer = torch.full((size + 512,), POISON, dtype=torch.uint8, device=device)
-        made.append((buffer, size))
-        start = -buffer.data_ptr() % 256 or 256  # as torch aligns, and at least a margin
-        start = start if start >= 64 else start + 256
-        made[-1] = (buffer, start, size)
+        start = (-buffer.data_ptr() - 64) % 256 + 64  # aligned as torch aligns, behind a margin
+        made.append((buffer, start, size))
+        know(buffer)
         if not size:
             return torch.empty(shape, dtype=dtype, device=device)
         return buffer[start : start + size].view(dtype).view(shape)
@@ -96,9 +95,12 @@ def as_bytes(t: torch.Tensor) -> torch.Tensor:
     return t.contiguous()
 
 
-def check(name: str, arguments: dict) -> tuple[torch.Tensor, ...]:
-    """Launch, and compare every byte of the results; nothing beside them may be written."""
-    with poisoned_outputs() as made:
+def check(name: str, arguments: dict, know=lambda *_: None) -> tuple[torch.Tensor, ...]:
+    """Launch, and compare every byte of the results; nothing beside them may be written.
+
+    know: is told of each output, and of the amax, as it is allocated.
+    """
+    with poisoned_outputs(know) as made:
         got = getattr(native, name)(**arguments)
     got = got if isinstance(got, tuple) else (got,)
     want = expected(name, arguments)

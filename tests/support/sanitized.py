@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import struct
 import subprocess
 from pathlib import Path
@@ -18,6 +19,12 @@ OPTIONS = {
 }
 
 
+def pointer_places(packed: struct.Struct) -> list[int]:
+    """Offsets of the pointers, Q, in a packed format."""
+    codes = re.sub(r"(\d+)(\w)", lambda m: m[2] * int(m[1]), packed.format.lstrip("="))
+    return [struct.calcsize(f"={codes[:i]}") for i, code in enumerate(codes) if code == "Q"]
+
+
 class SanitizerError(AssertionError):
     """The program ended with a report; its text."""
 
@@ -25,23 +32,41 @@ class SanitizerError(AssertionError):
 class Sanitized:
     """A loader for ``native.use_host_library`` that knows the tensors of the one call it serves.
 
-    tensors: all that the kernel may reach, by their whole storages. A pointer into none of them is the output
-    that the launcher allocated, of `output_bytes`. pointers: how many pointers the arguments begin with.
+    tensors: all that the kernel may reach, by their whole storages; more may come with `know`. A pointer into none
+    of them is the output that the launcher allocated, of `output_bytes`. pointers: how many pointers the arguments
+    begin with, or their places (a launcher of several kernels: by the size of their arguments).
     """
 
     def __init__(
-        self, program: Path, tensors: list[Tensor], output_bytes: int, pointers: int, folder: Path
+        self,
+        program: Path,
+        tensors: list[Tensor],
+        output_bytes: int,
+        pointers: int | dict[int, list[int]],
+        folder: Path,
     ):
         self.program, self.pointers, self.folder = program, pointers, folder
         self.output_bytes = output_bytes
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        self.buffers = list(storages.items())
+        self.buffers: list[tuple[int, int]] = []
+        self.know(*tensors)
+
+    def know(self, *tensors: Tensor) -> None:
+        storages = (t.untyped_storage() for t in tensors)
+        found = ((storage.data_ptr(), storage.nbytes()) for storage in storages)
+        self.buffers = list(dict.fromkeys([*self.buffers, *found]))
+
+    def places(self, arguments: bytes) -> list[int]:
+        """Where pointers lie in the arguments."""
+        if isinstance(self.pointers, dict):
+            return self.pointers[len(arguments)]
+        return [index * POINTER for index in range(self.pointers)]
 
     def launch(self, launch: Launch, device: int, stream: int, arguments: bytes) -> None:
         links = []
-        for index, address in enumerate(struct.unpack_from(f"{self.pointers}P", arguments)):
+        for place in self.places(arguments):
+            (address,) = struct.unpack_from("P", arguments, place)
             if address:
-                links.append((index * POINTER, *self.locate(address)))
+                links.append((place, *self.locate(address)))
         case, result = self.folder / "case", self.folder / "result"
         case.write_bytes(self.encode(launch, arguments, links))
         done = subprocess.run(
