@@ -6,13 +6,15 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
+import tigon
 from tigon.bench import timing, verify
 from tigon.bench.peers import find
 from tigon.bench.work import Work, work
 from tigon.bench.workloads import Workload, make
 
 GATE_FLOPS = {"cpu": 4e10, "cuda": 2e13}  # of the fp64 oracle, about ten seconds
-PEER_LIMIT = 0.05  # relative RMS error of a peer; beyond it computes something else
+PEER_LIMIT = 0.05  # error of a peer; beyond it computes something else
+INVARIANT = "tigon, batch-invariant"
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,13 @@ class Case:
         return all(row.ok for row in self.gate)
 
 
-def gate_sizes(op: str, sizes: Mapping[str, int], mode: str, device: str) -> dict[str, int]:
+def gate_sizes(
+    op: str, sizes: Mapping[str, int], mode: str, device: str, variant: str | None = None
+) -> dict[str, int]:
     """`sizes` with so many tokens that the oracle ends in seconds."""
     cut = dict(sizes)
-    tokens = next((k for k in ("l", "t", "b") if k in cut), None)
-    while tokens and cut[tokens] > 1 and work(op, cut, 8, mode).flops > GATE_FLOPS[device]:
+    tokens = next((k for k in ("l", "t", "b", "m") if k in cut), None)
+    while tokens and cut[tokens] > 1 and work(op, cut, 8, mode, variant).flops > GATE_FLOPS[device]:
         cut[tokens] //= 2
     return cut
 
@@ -72,6 +76,16 @@ def call_of(run: Callable, inputs: Mapping[str, Tensor], mode: str) -> Callable[
     return step
 
 
+def batch_invariant(run: Callable) -> Callable:
+    """`run` in batch-invariant mode."""
+
+    def invariant(inputs):
+        with tigon.batch_invariant():
+            return run(inputs)
+
+    return invariant
+
+
 def run_case(
     op: str,
     sizes: Mapping[str, int],
@@ -81,25 +95,29 @@ def run_case(
     peers: Sequence[str] = ("auto",),
     seed: int = 0,
     memory: bool = True,
+    variant: str | None = None,
+    invariant: bool = False,
     **budget,
 ) -> Case:
-    """Gate, then measure. budget: repeat, budget and clock of `timing.measure`."""
-    counted = work(op, sizes, dtype.itemsize, mode)
-    small = gate_sizes(op, sizes, mode, device)
-    gated = make(op, small, dtype, device, seed)
+    """Gate, then measure. invariant: also what batch-invariant mode costs. budget: of `timing.measure`."""
+    counted = work(op, sizes, dtype.itemsize, mode, variant)
+    small = gate_sizes(op, sizes, mode, device, variant)
+    gated = make(op, small, dtype, device, seed, variant)
     gate = verify.verify(gated, backward=mode == "backward")
-    workload = make(op, sizes, dtype, device, seed)
+    workload = make(op, sizes, dtype, device, seed, variant)
     case = Case(workload, mode, counted, small, gate)
     if not case.ok:
         return case
     ready, missing = find.find(gated, peers, device)
     errors = {"tigon": max(row.error for row in gate)}
     runs: dict[str, Callable] = {"tigon": workload.run}
+    if invariant:
+        ready = {INVARIANT: batch_invariant(workload.run), **ready}
     exact = verify.oracle(gated, False)[0] if ready else {}
     for name, run in ready.items():
         try:
             got, _ = verify.results(gated, False, run)
-            errors[name] = max(verify.relative_rms(got[k], exact[k]) for k in got)
+            errors[name] = max(verify.difference(got[k], exact[k]) for k in got)
             runs[name] = run
         except Exception as error:  # a peer may fail in any way; it is reported
             missing[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
@@ -125,6 +143,7 @@ def record(case: Case, command: str, environment: Mapping) -> dict:
         "env": dict(environment),
         "case": {
             "op": case.workload.op,
+            "variant": case.workload.variant,
             "mode": case.mode,
             "shape": dict(case.workload.sizes),
             "dtype": str(case.workload.dtype).removeprefix("torch."),

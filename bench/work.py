@@ -9,10 +9,15 @@ and backward together.
                   forward   bytes/token  2 H P e + 2 G N e + H e                (x, y, B, C, dt) + final states
                   backward  bytes/token  3 H P e + 4 G N e + 2 H e              (x, dy, dx, B, C, dB, dC, dt, ddt)
     ssd_update    FLOPs 6 per state element and token; bytes: the fp32 state read and written, inputs, outputs
+    quantize_*    FLOPs 3 an element and copy (magnitude, product, rounding), 6 more with the Hadamard transform;
+                  bytes: x once, codes and scales of every copy
+    scaled_mm     FLOPs 2 M N K; bytes: codes and scales of both operands, the output
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from tigon.bench.variants import VARIANTS, chosen
 
 Q = 64  # tokens a chunk: with states on the chip, the fewest FLOPs that fill a tensor core tile
 
@@ -67,6 +72,47 @@ def rms_norm(e: int, t: int, d: int) -> tuple[Work, Work]:
     return gated_rms_norm(e, t, d, gate=False)
 
 
+def stored(format: str, rows: int, k: int, e: int) -> int:
+    """Bytes of a (rows, k) matrix: codes and scales, or e an element ("plain")."""
+    if format == "plain":
+        return rows * k * e
+    if format == "nvfp4":
+        return rows * -(-k // 16) * 9 + 4
+    if format == "mxfp8":
+        return rows * (k + -(-k // 32))
+    wide = -(-k // 128)
+    scales = {"tensor": 1, "row": rows, "1x128": rows * wide, "128x128": -(-rows // 128) * wide}
+    return rows * k + 4 * scales[format.removeprefix("fp8-")]
+
+
+def _quantize(format: str, choice: dict, e: int, m: int, k: int) -> tuple[Work]:
+    both = choice.get("axis") == "both"
+    moved = m * k * e + stored(format, m, k, e) + both * stored(format, k, m, e)
+    return (Work(moved, m * k * (3 * (1 + both) + 6 * ("hadamard" in choice))),)
+
+
+def quantize_nvfp4(e: int, choice: dict, m: int, k: int) -> tuple[Work]:
+    return _quantize("nvfp4", choice, e, m, k)
+
+
+def quantize_mxfp8(e: int, choice: dict, m: int, k: int) -> tuple[Work]:
+    return _quantize("mxfp8", choice, e, m, k)
+
+
+def quantize_fp8(e: int, choice: dict, m: int, k: int) -> tuple[Work]:
+    return _quantize(f"fp8-{choice['granularity']}", choice, e, m, k)
+
+
+def dequantize(e: int, choice: str, m: int, k: int) -> tuple[Work]:
+    return (Work(stored(choice, m, k, e) + m * k * e, m * k),)
+
+
+def scaled_mm(e: int, choice: tuple[str, str], m: int, n: int, k: int) -> tuple[Work]:
+    left, right = choice
+    moved = stored(left, m, k, e) + stored(right, n, k, e) + m * n * e
+    return (Work(moved, 2 * m * n * k),)
+
+
 COUNTERS: dict[str, Callable[..., tuple[Work, ...]]] = {
     count.__name__: count
     for count in (
@@ -76,13 +122,26 @@ COUNTERS: dict[str, Callable[..., tuple[Work, ...]]] = {
         causal_conv1d_update,
         gated_rms_norm,
         rms_norm,
+        quantize_nvfp4,
+        quantize_mxfp8,
+        quantize_fp8,
+        dequantize,
+        scaled_mm,
     )
 }
 
 
-def work(op: str, sizes: Mapping[str, int], itemsize: int, mode: str = "forward") -> Work:
+def work(
+    op: str,
+    sizes: Mapping[str, int],
+    itemsize: int,
+    mode: str = "forward",
+    variant: str | None = None,
+) -> Work:
     """Bytes and FLOPs of one call of `op` ("forward"), or of a training step ("backward")."""
-    forward, *rest = COUNTERS[op](itemsize, **sizes)
+    variant = chosen(op, variant)
+    choice = (VARIANTS[op][variant],) if variant else ()
+    forward, *rest = COUNTERS[op](itemsize, *choice, **sizes)
     if mode == "forward":
         return forward
     if not rest:

@@ -5,6 +5,7 @@
 
 Inputs look as they do in a trained layer: decays of a few to a few hundred tokens, activations of unit variance,
 parameters in fp32. Every option of the op that a model uses is on. On the meta device nothing is allocated.
+The low-precision ops have variants (`bench/variants.py`) and builders of their own (`bench/lowprec.py`).
 """
 
 import math
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 import tigon
+from tigon.bench import lowprec
+from tigon.bench.variants import VARIANTS, chosen
+from tigon.ops.quantized import QuantizedTensor
 from tigon.registry import OPS
 
 SMALL = {
@@ -24,14 +28,16 @@ SMALL = {
     "causal_conv1d_update": {"b": 4, "m": 3, "d": 160, "width": 4},
     "gated_rms_norm": {"t": 100, "d": 1024, "group_size": 256},
     "rms_norm": {"t": 100, "d": 1024},
+    **lowprec.SMALL,
 }
 
 
 @dataclass(frozen=True)
 class Workload:
-    """inputs: tensors by argument name; options: the other arguments; outputs: names of what comes back.
+    """inputs: tensors by argument name; options: the other arguments; outputs: names of the tensors that come back.
 
-    mutated: the input that the op changes in place; it counts as an output.
+    mutated: the input that the op changes in place; it counts as an output. oracle: what is right, where it is not the
+    reference in fp64; exact: every byte of it.
     """
 
     op: str
@@ -41,6 +47,9 @@ class Workload:
     options: Mapping[str, object]
     outputs: tuple[str, ...]
     mutated: str | None = None
+    variant: str = ""
+    oracle: Callable[["Workload"], tuple[Tensor, ...]] | None = None
+    exact: bool = False
 
     @property
     def differentiable(self) -> bool:
@@ -49,14 +58,20 @@ class Workload:
     def run(self, inputs: Mapping[str, Tensor] | None = None) -> tuple[Tensor, ...]:
         """The op's outputs. Mutated inputs are changed for real: `verify` passes copies."""
         inputs = inputs or self.inputs
-        out = getattr(tigon, self.op)(**inputs, **self.options)
-        out = out if isinstance(out, tuple) else (out,)
+        out = tensors(getattr(tigon, self.op)(**inputs, **self.options))
         return out if self.mutated is None else (*out, inputs[self.mutated])
 
     def widened(self) -> "Workload":
         """The same in fp64."""
         wide = {k: t.double() if t.is_floating_point() else t for k, t in self.inputs.items()}
         return replace(self, inputs=wide, dtype=torch.float64)
+
+
+def tensors(out: Tensor | QuantizedTensor | tuple) -> tuple[Tensor, ...]:
+    """The tensors of what an op returned, in order."""
+    if isinstance(out, QuantizedTensor):
+        return tuple(out.tensors().values())
+    return tuple(t for part in out for t in tensors(part)) if isinstance(out, tuple) else (out,)
 
 
 class Draw:
@@ -161,7 +176,7 @@ BUILDERS: dict[str, Callable[..., dict]] = {
         gated_rms_norm,
         rms_norm,
     )
-}
+} | lowprec.BUILDERS
 
 
 def make(
@@ -170,7 +185,10 @@ def make(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     seed: int = 0,
+    variant: str | None = None,
 ) -> Workload:
-    """Inputs of `op` for `sizes` (every letter of the registry's sizes)."""
-    built = BUILDERS[op](Draw(dtype, device, seed), **sizes)
-    return Workload(op=op, sizes=dict(sizes), dtype=dtype, **built)
+    """Inputs of `op` for `sizes` (every letter of the registry's sizes) and a variant of it, the first if None."""
+    variant = chosen(op, variant)
+    choice = (VARIANTS[op][variant],) if variant else ()
+    built = BUILDERS[op](Draw(dtype, device, seed), *choice, **sizes)
+    return Workload(op=op, sizes=dict(sizes), dtype=dtype, variant=variant, **built)

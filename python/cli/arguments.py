@@ -48,7 +48,7 @@ def sizes_of(
 
 
 def add_case(parser: argparse.ArgumentParser, every: bool = False) -> None:
-    """OP, --shape, --dtype, --seed. every: "all" is an op too, and several may be named."""
+    """OP, --shape, --dtype, --seed, --variant. every: "all" is an op too, and several may be named."""
     names = tuple(PUBLIC)
     known = f"{', '.join(names)}{', or all' if every else ''}"
     if every:
@@ -60,6 +60,7 @@ def add_case(parser: argparse.ArgumentParser, every: bool = False) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the activations")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--variant", help=f"formats or options{', or all' if every else ''}")
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +73,15 @@ def backend(args: argparse.Namespace) -> AbstractContextManager:
     import tigon
 
     return tigon.backend(args.backend) if args.backend else nullcontext()
+
+
+def variants(op: str, wanted: str | None, several: bool = False) -> tuple[str | None, ...]:
+    """The variants of `op` to run; where several ops run, one that an op does not have is nobody's mistake."""
+    from tigon.bench.variants import variants as known
+
+    if wanted == "all":
+        return known(op)
+    return (wanted,) if wanted in known(op) or not several else ()
 
 
 def ops(names: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 A correctness gate runs first: a wrong result prints no time and exits with 2. --mode backward times a training step,
 forward and backward together. Bytes and FLOPs are the least that the op needs, so GB/s and TFLOP/s are comparable.
+--batch-invariant also times the op in batch-invariant mode, side by side: what that costs.
 """
 
 import json
@@ -19,6 +20,7 @@ def add_arguments(parser) -> None:
     arguments.add_backend(parser)
     parser.add_argument("--mode", choices=("forward", "backward"), default="forward")
     parser.add_argument("--peers", default="auto", help="auto, none, or names: transformers,…")
+    parser.add_argument("--batch-invariant", action="store_true", help="time that mode too")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--repeat", type=int, help="rounds (default: as many as fit)")
     parser.add_argument("--time-budget", type=float, default=10.0, help="seconds of rounds an op")
@@ -37,18 +39,22 @@ def run(args) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     codes, records = [cli.OK], []
     ops = arguments.ops(args.op)
-    for op in ops:
+    several = len(ops) > 1
+    cases = [
+        (op, variant) for op in ops for variant in arguments.variants(op, args.variant, several)
+    ]
+    for op, variant in cases:
         if args.mode == "backward" and not OPS[op].backward:
             print(f"{op} has no backward\n")
             codes.append(cli.OK if "all" in args.op else cli.USAGE)
             continue
         try:
-            sizes = arguments.sizes_of(op, args.shape, OPS[op].sizes, len(ops) > 1)
+            sizes = arguments.sizes_of(op, args.shape, OPS[op].sizes, several)
             with arguments.backend(args):
                 if args.dry_run:
-                    dry_run(op, sizes, args)
+                    dry_run(op, sizes, variant, args)
                 else:
-                    codes.append(measure(op, sizes, args, device, records))
+                    codes.append(measure(op, sizes, variant, args, device, records))
         except (ValueError, TypeError) as error:
             print(error)
             codes.append(cli.USAGE)
@@ -57,7 +63,7 @@ def run(args) -> int:
     return max(codes)
 
 
-def dry_run(op: str, sizes: dict[str, int], args) -> None:
+def dry_run(op: str, sizes: dict[str, int], variant: str | None, args) -> None:
     """Shapes, bytes, FLOPs and launch configs."""
     import torch
 
@@ -67,11 +73,12 @@ def dry_run(op: str, sizes: dict[str, int], args) -> None:
     from tigon.cli.explain import own_arch
 
     dtype = getattr(torch, args.dtype)
-    load = workloads.make(op, sizes, dtype, "meta")
-    counted = work(op, sizes, dtype.itemsize, args.mode)
-    print(heading(op, sizes, args.dtype, args.mode))
+    load = workloads.make(op, sizes, dtype, "meta", variant=variant)
+    counted = work(op, sizes, dtype.itemsize, args.mode, variant)
+    print(heading(load, args.mode))
     for name, t in load.inputs.items():
-        print(f"  {name:<12} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}")
+        shown = f"{tuple(t.shape)} {str(t.dtype)[6:]}" if isinstance(t, torch.Tensor) else repr(t)
+        print(f"  {name:<12} {shown}")
     print(
         f"  {counted.bytes / 1e6:.4g} MB, {counted.flops / 1e9:.4g} GFLOP, "
         f"{counted.flops / counted.bytes:.3g} FLOP a byte"
@@ -79,7 +86,7 @@ def dry_run(op: str, sizes: dict[str, int], args) -> None:
     print(tigon.explain(op, **load.inputs, **load.options, arch=own_arch() or args.arch), "\n")
 
 
-def measure(op: str, sizes: dict[str, int], args, device: str, records: list) -> int:
+def measure(op: str, sizes: dict[str, int], variant: str | None, args, device, records) -> int:
     """Run one case, print its table, note its record."""
     import torch
 
@@ -95,13 +102,15 @@ def measure(op: str, sizes: dict[str, int], args, device: str, records: list) ->
         args.peers.split(","),
         args.seed,
         memory=not args.no_memory,
+        variant=variant,
+        invariant=args.batch_invariant,
         repeat=args.repeat,
         budget=args.time_budget,
         clock=args.clock,
     )
     command = "tigon " + shlex.join(sys.argv[1:])
     records.append(record(case, command, environment(device)))
-    print(heading(op, sizes, args.dtype, args.mode))
+    print(heading(case.workload, args.mode))
     wrong = [row for row in case.gate if not row.ok]
     if wrong:
         for row in wrong:
@@ -109,7 +118,8 @@ def measure(op: str, sizes: dict[str, int], args, device: str, records: list) ->
             print(f"  WRONG {row.name}: error {row.error:.2e}, limit {row.limit:.2e}{again}")
         return cli.WRONG_RESULT
     where = "" if case.gate_sizes == sizes else f" at {shape_text(case.gate_sizes)}"
-    print(f"  correct{where}: {len(case.gate)} tensors against fp64; {device}, {method(case)}")
+    against = "byte for byte" if case.workload.exact else "against fp64"
+    print(f"  correct{where}: {len(case.gate)} tensors {against}; {device}, {method(case)}")
     table.show(*rows(case))
     for name, reason in case.missing.items():
         print(f"  {name}: {reason}")
@@ -153,6 +163,8 @@ def shape_text(sizes) -> str:
     return ",".join(f"{k}={v}" for k, v in sizes.items())
 
 
-def heading(op: str, sizes: dict[str, int], dtype: str, mode: str) -> str:
+def heading(load, mode: str) -> str:
     step = " (forward and backward)" if mode == "backward" else ""
-    return f"{op} {shape_text(sizes)} {dtype} {mode}{step}"
+    dtype = str(load.dtype).removeprefix("torch.")
+    words = (load.op, load.variant, shape_text(load.sizes), dtype, mode)
+    return " ".join(filter(None, words)) + step

@@ -1,6 +1,7 @@
 """``tigon check``: is every output and gradient of an op right on this machine?
 
-Runs the backend that a call would take (TIGON_BACKEND and --backend change it) beside the fp64 reference.
+Runs the backend that a call would take (TIGON_BACKEND and --backend change it) beside the fp64 reference. Quantizers
+must give the reference's bytes: their "error" is the share of bytes that differ. All variants of an op are run.
 """
 
 from tigon import cli
@@ -23,13 +24,15 @@ def run(args) -> int:
     dtype = getattr(torch, args.dtype)
     wrong = []
     ops = arguments.ops(args.op)
-    for op in ops:
+    several = len(ops) > 1
+    cases = [(op, v) for op in ops for v in arguments.variants(op, args.variant or "all", several)]
+    for op, variant in cases:
         try:
-            sizes = arguments.sizes_of(op, args.shape, workloads.SMALL[op], len(ops) > 1)
+            sizes = arguments.sizes_of(op, args.shape, workloads.SMALL[op], several)
+            work = workloads.make(op, sizes, dtype, device, args.seed, variant)
         except ValueError as error:
             print(error)
             return cli.USAGE
-        work = workloads.make(op, sizes, dtype, device, args.seed)
         with arguments.backend(args):
             try:
                 chosen = tigon.explain(op, **work.inputs, **work.options)
@@ -41,17 +44,18 @@ def run(args) -> int:
                 print(error)
                 return cli.ENVIRONMENT
         show(chosen, work, rows)
-        wrong += [f"{op} {row.name}" for row in rows if not row.ok]
+        wrong += [" ".join((op, *filter(None, (variant, row.name)))) for row in rows if not row.ok]
     if wrong:
         print(f"WRONG: {', '.join(wrong)}")
     return cli.WRONG_RESULT if wrong else cli.OK
 
 
 def show(chosen, work, rows) -> None:
-    """One table an op: relative RMS errors against fp64."""
+    """One table a case: relative RMS errors against fp64."""
     shape = ",".join(f"{k}={v}" for k, v in work.sizes.items())
     dtype = str(work.dtype).removeprefix("torch.")
-    title = f"{chosen.op} {shape} {dtype}: {chosen.backend}, because {chosen.reason}"
+    case = " ".join(filter(None, (chosen.op, work.variant, shape, dtype)))
+    title = f"{case}: {chosen.backend}, because {chosen.reason}"
     columns = ("tensor", "error", "baseline", "limit", "same bits", "verdict")
     table.show(
         columns,

@@ -30,7 +30,9 @@ def run(args) -> int:
 
     try:
         sizes = arguments.sizes_of(args.op, args.shape, OPS[args.op].sizes)
-        work = workloads.make(args.op, sizes, getattr(torch, args.dtype), "meta")
+        work = workloads.make(
+            args.op, sizes, getattr(torch, args.dtype), "meta", variant=args.variant
+        )
         arch = args.arch or own_arch()
         with arguments.backend(args):
             found = tigon.explain(args.op, **work.inputs, **work.options, arch=arch)
@@ -43,7 +45,8 @@ def run(args) -> int:
     if args.json:
         print(json.dumps(described(found, sizes, args.dtype), indent=2))
     else:
-        print(", ".join(f"{k}={v}" for k, v in sizes.items()), args.dtype)
+        shape = ", ".join(f"{k}={v}" for k, v in sizes.items())
+        print(" ".join(filter(None, (work.variant, shape, args.dtype))))
         print(found)
     return cli.OK
 

@@ -1,0 +1,45 @@
+"""Variants of an op: options that change what it does so much that each is measured by itself.
+
+The first is the default. A variant of `quantize_*` names the options, of `dequantize` the format, of `scaled_mm` the
+formats of both operands. Standard library only.
+"""
+
+FORMATS = ("nvfp4", "mxfp8", "fp8-tensor", "fp8-row", "fp8-1x128", "fp8-128x128")
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "quantize_nvfp4": {
+        "row": {},
+        "both": {"axis": "both"},
+        "weight": {"axis": "both", "block": "16x16"},
+        "gradient": {"axis": "both", "rounding": "stochastic", "hadamard": True},
+        "four-over-six": {"four_over_six": "mse"},
+    },
+    "quantize_mxfp8": {"row": {}, "both": {"axis": "both"}},
+    "quantize_fp8": {name: {"granularity": name} for name in ("tensor", "row", "1x128", "128x128")},
+    "dequantize": {format: format for format in FORMATS},
+    "scaled_mm": {
+        "fp8-row": ("fp8-row", "fp8-row"),
+        "fp8-tensor": ("fp8-tensor", "fp8-tensor"),
+        "fp8-block": ("fp8-1x128", "fp8-128x128"),
+        "mxfp8": ("mxfp8", "mxfp8"),
+        "w4a16": ("plain", "nvfp4"),
+        "w4a8": ("fp8-row", "nvfp4"),
+        "w4a4": ("nvfp4", "nvfp4"),
+    },
+}
+
+
+def variants(op: str) -> tuple[str, ...]:
+    """Their names; ("",) for an op that has none."""
+    return tuple(VARIANTS.get(op, ("",)))
+
+
+def chosen(op: str, variant: str | None) -> str:
+    """`variant`, or the default if None. ValueError for an unknown one."""
+    known = variants(op)
+    if variant is None:
+        return known[0]
+    if variant not in known:
+        names = f"it has {', '.join(known)}" if known[0] else "it has none"
+        raise ValueError(f"{op} has no variant {variant!r}; {names}")
+    return variant
