@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(128, 8) moe_sums(const MoeSums a) {
                             : last;
         float sum = 0.0f;
         int count = 0;
-#pragma unroll 8
+#pragma unroll 4
         for (; token < end; ++token) {
             const bool live = !a.mask || a.mask[token];
             const float* share = a.shares + int64(token) * 2;

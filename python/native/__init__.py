@@ -1,11 +1,11 @@
 """The CUDA C++ kernels of csrc/: found, planned, packed and launched.
 
-``loader`` finds a way to them, ``mamba2`` and ``quantize`` hold a launcher for each kernel.
+``loader`` finds a way to them, ``mamba2``, ``quantize`` and ``moe`` hold a launcher for each kernel.
 
 Importing this package needs the standard library only, so that ``tigon doctor`` works without torch.
 """
 
-from tigon.native import mamba2, quantize
+from tigon.native import mamba2, moe, quantize
 from tigon.native.loader import (
     Extension,
     HostLibrary,
@@ -21,9 +21,10 @@ from tigon.native.loader import (
     use_host_library,
 )
 from tigon.native.mamba2 import conv1d_update, ssd_update
+from tigon.native.moe import moe_route, moe_route_backward
 from tigon.native.quantize import dequantize, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 
-PLANS = mamba2.PLANS | quantize.PLANS
+PLANS = mamba2.PLANS | quantize.PLANS | moe.PLANS
 
 __all__ = [
     "Extension",
@@ -37,6 +38,8 @@ __all__ = [
     "dequantize",
     "host_missing",
     "load",
+    "moe_route",
+    "moe_route_backward",
     "plan",
     "quantize_fp8",
     "quantize_mxfp8",

@@ -11,8 +11,9 @@ import functools
 import struct
 from typing import TYPE_CHECKING
 
-from tigon.native.arguments import allocate, ceil_div, packed, pointer
+from tigon.native.arguments import ceil_div, packed, pointer
 from tigon.native.loader import Launch, run
+from tigon.native.quantize import allocate
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from decode_cases import ssd_plain
 
 import tigon
 from tigon import native
-from tigon.native import arguments, loader, mamba2, quantize
+from tigon.native import arguments, loader, mamba2, moe, quantize
 
 FORMAT = {"int64": "q", "int": "i", "float": "f"}
 
@@ -27,6 +27,12 @@ FORMAT = {"int64": "q", "int": "i", "float": "f"}
         ("quantize_nvfp4.cu", "QuantizeNvfp4", quantize.QUANTIZE_NVFP4),
         ("quantize_fp8.cu", "QuantizeFp8", quantize.QUANTIZE_FP8),
         ("dequantize.cu", "Dequantize", quantize.DEQUANTIZE),
+        ("moe_route.cu", "MoeRoute", moe.MOE_ROUTE),
+        ("moe_sort.cu", "MoeCount", moe.MOE_COUNT),
+        ("moe_sort.cu", "MoeSort", moe.MOE_SORT),
+        ("moe_sums.cu", "MoeSums", moe.MOE_SUMS),
+        ("moe_sums.cu", "MoeJoin", moe.MOE_JOIN),
+        ("moe_route_backward.cu", "MoeRouteBackward", moe.MOE_ROUTE_BACKWARD),
     ],
 )
 def test_packed_format_is_the_struct_of_the_source(source, name, packed):
@@ -248,6 +254,16 @@ def test_extension_of_this_build_has_every_kernel_that_is_planned():
         for codes in ("Nvfp4", *quantize.FP8):
             values = quantize.plan_dequantize(1, 1, io, codes).kernel
             assert sizes.pop(values) == quantize.DEQUANTIZE.size
+    for items in (0, *moe.ITEMS):
+        assert sizes.pop(moe.plan_route(1, 32 * items or 4096)[0].kernel) == moe.MOE_ROUTE.size
+    for plan, packed in (
+        (moe.plan_count(1), moe.MOE_COUNT),
+        (moe.plan_sort(1, 1), moe.MOE_SORT),
+        (moe.plan_sums(1, 1), moe.MOE_SUMS),
+        (moe.plan_join(1, 1), moe.MOE_JOIN),
+        (moe.plan_backward(1, 1), moe.MOE_ROUTE_BACKWARD),
+    ):
+        assert sizes.pop(plan.kernel) == packed.size
     assert not sizes
 
 
