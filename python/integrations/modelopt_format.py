@@ -104,21 +104,19 @@ class LayerFormat:
 def layer_format(values: dict[str, Any]) -> LayerFormat:
     """From {"quant_algo", "group_size"}; ValueError for an algorithm that Tigon does not have, by name."""
     name = values.get("quant_algo")
-    algo = (
-        name.upper() if isinstance(name, str) else name
-    )  # modelopt writes fp8_pb_wo in lower case
+    algo = str(name).upper()  # modelopt writes fp8_pb_wo in lower case
     if algo not in ALGORITHMS:
         known = ", ".join(ALGORITHMS)
         why = f"not supported, {REFUSED[algo]}" if algo in REFUSED else "not known"
         raise ValueError(f"quant_algo={name!r} is {why}; supported: {known}, {MIXED}")
-    group, sizes = values.get("group_size") or None, (ALGORITHMS[algo].group,)
-    if ALGORITHMS[algo].layer == "nvfp4":
-        sizes = (16, 32)
-    if group is not None and sizes != (None,) and group not in sizes:
+    own = ALGORITHMS[algo].group
+    sizes = (16, 32) if ALGORITHMS[algo].layer == "nvfp4" else (own,)
+    group = (values.get("group_size") or own) if own else None
+    if group is not None and group not in sizes:
         raise ValueError(f"{algo}: group_size={group}, expected {' or '.join(map(str, sizes))}")
     if values.get("pre_quant_scale"):
         raise ValueError(f"{algo} with pre_quant_scale is not supported, {REFUSED['NVFP4_AWQ']}")
-    return LayerFormat(algo, (group or ALGORITHMS[algo].group) if sizes != (None,) else None)
+    return LayerFormat(algo, group)
 
 
 def mend_name(name: str) -> str:

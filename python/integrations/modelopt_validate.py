@@ -3,9 +3,9 @@
     report = examine(folder)          report.findings; report.formats, .tensors, .bytes, .kv_cache say what it holds
     validate(folder)                  the findings alone
 
-Three passes: files and headers (checkpoint_files), layers against the config (here), numbers in the scales
-(modelopt_values). modelopt's layout and compressed-tensors' NVFP4. Layers are known by what they store and by what the
-config says of them; of NemotronH models, LatentMoE experts and shared experts among them, all shapes are known too.
+Three passes: files and headers (checkpoint_files), layers against the config (modelopt_layers) and against the model
+(here), numbers in the scales (modelopt_values). modelopt's layout and compressed-tensors' NVFP4. Layers are known by
+what they store and by what the config says of them; of NemotronH models, LatentMoE experts among them, all shapes are.
 """
 
 from __future__ import annotations
@@ -19,20 +19,9 @@ from typing import Any
 from tigon.integrations import compressed_tensors, modelopt_values
 from tigon.integrations import modelopt_format as form
 from tigon.integrations.checkpoint_files import WRITE_AGAIN, Files, Finding, load_json, read_files
-from tigon.integrations.modelopt import Layout, same_shape
+from tigon.integrations.modelopt import Layout
 from tigon.integrations.modelopt_format import LayerFormat, QuantConfig
-from tigon.integrations.safetensors_header import Stored
-
-EXPORT = "export the checkpoint again"
-FOREIGN = {
-    "weight_packed": "compressed-tensors' name in modelopt's layout, where the codes are `weight`",
-    "weight_global_scale": "compressed-tensors' encode scale in modelopt's layout, whose weight_scale_2 is 1/it",
-    "input_global_scale": "compressed-tensors' encode scale in modelopt's layout, whose input_scale is 1/it",
-    "pre_quant_scale": "a scale of activations (AWQ) that Tigon's layers do not apply",
-    "weight_zero_point": "a zero point, which no supported format has",
-}
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-PLAIN = ("F64", "F32", "BF16", "F16")
+from tigon.integrations.modelopt_layers import EXPORT, FOREIGN, Layer, check_layers, check_siblings
 
 
 @dataclass
@@ -47,31 +36,6 @@ class Report:
 
     def count(self, severity: str) -> int:
         return sum(f.severity == severity for f in self.findings)
-
-
-@dataclass
-class Layer:
-    """What is stored of one module: part -> (name on disk, place)."""
-
-    name: str
-    parts: dict[str, tuple[str, Stored]]
-
-    def dtype(self, part: str) -> str | None:
-        return self.parts[part][1].dtype if part in self.parts else None
-
-    @property
-    def quantized(self) -> bool:
-        scaled = any(p.startswith("weight_scale") for p in self.parts)
-        return scaled or self.dtype("weight") in ("U8", "F8_E4M3", "F8_E5M2")
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """(n,k) by the weight."""
-        stored = self.parts["weight"][1] if "weight" in self.parts else None
-        if stored is None or len(stored.shape) != 2:
-            return None
-        n, k = stored.shape
-        return (n, 2 * k) if stored.dtype == "U8" else (n, k)
 
 
 def validate(folder: str | PathLike, values: str = "scales") -> list[Finding]:
@@ -98,9 +62,9 @@ def examine(folder: str | PathLike, values: str = "scales") -> Report:
     layout, config = _layout(folder, settings, files)
     layers = _layers(layout or Layout(QuantConfig()), files)
     sizes = _known_sizes(settings, files)
-    formats = _check_layers(layers, layout, config, sizes, files)
+    formats = check_layers(layers, layout, config, sizes, files)
     _check_model(layers, formats, sizes, files)
-    _check_siblings(layers, formats, files)
+    check_siblings(layers, formats, files)
     if values != "none":
         encodes = isinstance(layout, compressed_tensors.CompressedLayout)
         _check_values(layers, formats, encodes, files, everything=values == "all")
@@ -144,7 +108,7 @@ def _layout(folder: Path, settings: dict, files: Files) -> tuple[Layout | None, 
             files.error("", f"quant_method={method!r} is not read", "convert it", "config.json")
             return None, QuantConfig()
         config = form.parse(own if own is not None else mirror, _own_name)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         fix = "quantize with a supported algorithm"
         files.error("", str(error), fix, path if own is not None else "config.json")
         return None, QuantConfig()
@@ -187,7 +151,11 @@ def _layers(layout: Layout, files: Files) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     for name, stored in files.tensors.items():
         module, _, part = layout.own_name(_own_name(name)).rpartition(".")
-        layers.setdefault(module, Layer(module, {})).parts[part] = (name, stored)
+        parts = layers.setdefault(module, Layer(module, {})).parts
+        if part in parts:
+            fault = f"is the same tensor of the model as {parts[part][0]}"
+            files.error(name, fault, "keep one of the two", stored.file)
+        parts[part] = (name, stored)
     return layers
 
 
@@ -209,135 +177,6 @@ def _known_sizes(settings: dict, files: Files) -> dict[str, tuple[int, ...]]:
     ) as error:
         files.warning("", f"shapes are not checked: {error}", "mend the sizes", "config.json")
         return {}
-
-
-def _check_layers(
-    layers: dict[str, Layer],
-    layout: Layout | None,
-    config: QuantConfig,
-    sizes: dict[str, tuple[int, ...]],
-    files: Files,
-) -> dict[str, LayerFormat]:
-    """Each quantized layer against its format; returns the formats."""
-    formats = {}
-    for name, layer in layers.items():
-        listed = config.of(name)
-        if layer.quantized:
-            found = listed or _guess(layer)
-            if listed is None and not name.startswith("mtp."):
-                _unlisted(layer, layout, config, files)
-            if found is not None:
-                formats[name] = found
-                _check_parts(layer, found, sizes.get(f"{name}.weight"), files)
-        elif listed is not None and _is_linear(name, config, sizes):
-            stored = layer.parts.get("weight")
-            if stored is not None:
-                fault = f"{listed.algo} by the config, stored as plain {stored[1].dtype}"
-                fix = "add the module to exclude_modules, or quantize it"
-                files.error(stored[0], fault, fix, stored[1].file)
-        for part in layer.parts.keys() & FOREIGN.keys():
-            stored_name, stored = layer.parts[part]
-            files.error(stored_name, f"is {FOREIGN[part]}", EXPORT, stored.file)
-    for name in (config.layers or {}).keys() - layers.keys():
-        if not name.startswith("mtp."):
-            fault = "is in quantized_layers, but no tensor of it is stored"
-            files.error(name, fault, "remove it from the list, or add the shard", form.QUANT_FILE)
-    _check_inputs(layers, formats, files)
-    return formats
-
-
-def _is_linear(name: str, config: QuantConfig, sizes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether a config that speaks of all linear layers means this module, as far as that can be known."""
-    if config.layers is not None:
-        return True
-    matrix = len(sizes.get(f"{name}.weight", ())) == 2
-    return matrix and not name.endswith(("embeddings", "gate"))
-
-
-def _guess(layer: Layer) -> LayerFormat | None:
-    """The format by what is stored, where the config does not say."""
-    codes, scale = layer.dtype("weight"), layer.dtype("weight_scale")
-    if codes == "U8":
-        return LayerFormat("NVFP4" if "input_scale" in layer.parts else "W4A16_NVFP4", 16)
-    if codes != "F8_E4M3":
-        return None
-    if scale == "U8":
-        return LayerFormat("MXFP8", 32)
-    shape = layer.parts["weight_scale"][1].shape if scale else ()
-    n = layer.size[0] if layer.size else 0
-    if same_shape(shape, ()):
-        return LayerFormat("FP8")
-    return LayerFormat("FP8_PER_CHANNEL_PER_TOKEN" if same_shape(shape, (n,)) else "FP8_PB_WO")
-
-
-def _unlisted(layer: Layer, layout: Layout | None, config: QuantConfig, files: Files) -> None:
-    if layout is None and any(f.file in (form.QUANT_FILE, "config.json") for f in files.findings):
-        return  # the config itself was the fault
-    if layout is None:
-        fault, fix = "is quantized, but no config says how", f"add {form.QUANT_FILE}"
-    elif (pattern := config.excluded_by(layer.name)) is not None:
-        fault = f"is quantized, but {pattern!r} in exclude_modules says that it is not"
-        fix = "remove the pattern, or store the weight unquantized"
-    else:
-        fault, fix = "is quantized, but quantized_layers does not name it", "add it to the list"
-    name, stored = next(iter(layer.parts.values()))
-    files.error(layer.parts.get("weight", (name,))[0], fault, fix, stored.file)
-
-
-def _check_parts(
-    layer: Layer, found: LayerFormat, known: tuple[int, ...] | None, files: Files
-) -> None:
-    """Presence, dtype and shape of each tensor of a quantized layer."""
-    size = known if known is not None and len(known) == 2 else layer.size
-    if size is None:
-        if "weight" in layer.parts:
-            name, stored = layer.parts["weight"]
-            fault = f"has shape {stored.shape}, expected a matrix"
-            files.error(name, fault, "store experts one by one, by their index", stored.file)
-        else:
-            name, stored = next(iter(layer.parts.values()))
-            files.error(name, "is the scale of a weight that is not there", EXPORT, stored.file)
-        return
-    for part, (dtype, shape) in found.tensors(*size).items():
-        if part not in layer.parts:
-            if part != "input_scale":
-                where = next(iter(layer.parts.values()))[1].file
-                fault = f"is missing: a {found.algo} layer has {part} {dtype} {shape}"
-                files.error(f"{layer.name}.{part}", fault, EXPORT, where)
-            continue
-        name, stored = layer.parts[part]
-        if stored.dtype != dtype:
-            fault = f"is {stored.dtype}, {found.algo} stores {dtype}"
-            files.error(name, fault, EXPORT, stored.file)
-        elif not same_shape(stored.shape, shape):
-            files.error(name, *_shape_fault(part, stored.shape, shape, found), stored.file)
-
-
-def _shape_fault(part: str, got: tuple, expected: tuple, found: LayerFormat) -> tuple[str, str]:
-    half = len(got) == len(expected) == 2 and got[0] == expected[0] and 2 * got[1] == expected[1]
-    if half and part == "weight_scale":
-        fault = f"has shape {got}, half of {expected}: computed from packed codes, two an entry"
-        return fault, "compute the scales from the unpacked weight, then export again"
-    if half and part == "weight" and found.algorithm.layer == "fp8":
-        return f"has shape {got}, half of {expected}: NVFP4 codes in an {found.algo} layer", EXPORT
-    return f"has shape {got}, expected {expected}", EXPORT
-
-
-def _check_inputs(layers: dict[str, Layer], formats: dict[str, LayerFormat], files: Files) -> None:
-    """Static activation scales: none at all is dynamic scaling, some missing is a fault."""
-    static = {n: f for n, f in formats.items() if f.algorithm.input_range is not None}
-    missing = [name for name in static if "input_scale" not in layers[name].parts]
-    if not missing:
-        return
-    if len(missing) == len(static):
-        fault = "no layer has an input_scale: activations are scaled by their own amax in each call"
-        files.warning("", fault, "calibrate, if the engine needs static scales")
-        return
-    for name in missing:
-        where = next(iter(layers[name].parts.values()))[1].file
-        routed = ": an expert that was never chosen in calibration" * (".experts." in name)
-        fix = "calibrate on more data; engines that take 0 for it divide by zero"
-        files.error(f"{name}.input_scale", f"is missing{routed}", fix, where)
 
 
 def _check_model(
@@ -369,37 +208,11 @@ def _check_model(
             known = own in sizes or (part in form.LAYER_PARTS and module in formats)
             if known or part in FOREIGN or own.endswith(form.CACHE_SCALES):
                 continue
-            if not module.startswith("mtp."):
+            if (
+                not module.startswith("mtp.") and own != "lm_head.weight"
+            ):  # a tied one may be stored
                 fault = "belongs to no layer of the model in config.json"
                 files.error(stored_name, fault, "check hybrid_override_pattern", stored.file)
-
-
-def _check_siblings(
-    layers: dict[str, Layer], formats: dict[str, LayerFormat], files: Files
-) -> None:
-    """Layers that engines fuse must share their tensor scales."""
-    for name, found in formats.items():
-        parent, _, leaf = name.rpartition(".")
-        group = next((g for g in SIBLINGS if g[0] == leaf), ())
-        for other in (f"{parent}.{leaf}" for leaf in group[1:]):
-            if formats.get(other) != found:
-                continue
-            if found.algorithm.layer == "nvfp4":  # FP8 codes are scaled again when layers are fused
-                _compare_scales(layers[name], layers[other], "weight_scale_2", files)
-
-
-def _compare_scales(first: Layer, second: Layer, part: str, files: Files) -> None:
-    if part not in first.parts or part not in second.parts:
-        return
-    (a_name, a), (b_name, b) = first.parts[part], second.parts[part]
-    if a.dtype != "F32" or b.dtype != "F32" or a.stop - a.start != 4 or b.stop - b.start != 4:
-        return
-    x, y = modelopt_values.read_floats(a), modelopt_values.read_floats(b)
-    if x.numel() and y.numel() and x.item() != y.item():
-        fault = (
-            f"is {y.item():g}, {a_name} is {x.item():g}: engines that fuse the two use one scale"
-        )
-        files.warning(b_name, fault, "quantize them with a common amax", b.file)
 
 
 def _check_values(
@@ -418,7 +231,7 @@ def _check_values(
             scale = found is not None and part in form.LAYER_PARTS and part != "weight"
             if scale and stored.dtype in ("F8_E4M3", "U8"):
                 modelopt_values.check_block_scales(name, stored, files)
-            elif scale and stored.dtype in PLAIN:
+            elif scale and stored.dtype in modelopt_values.DTYPES:
                 algorithm = found.algorithm
                 activation = part == "input_scale"
                 reach = algorithm.input_range if activation else algorithm.weight_range

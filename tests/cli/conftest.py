@@ -1,4 +1,6 @@
-"""Running the command in this process, and breaking an op on purpose."""
+"""Running the command in this process, breaking an op on purpose, and a checkpoint to check."""
+
+import json
 
 import pytest
 import torch
@@ -39,3 +41,36 @@ def broken_op(monkeypatch):
         return wrong
 
     monkeypatch.setattr(dispatch, "_load", off)
+
+
+@pytest.fixture(scope="session")
+def good_checkpoint(tmp_path_factory):
+    """Without fault."""
+    pytest.importorskip("safetensors.torch")
+    from checkpoints import quantized
+
+    folder = tmp_path_factory.mktemp("good")
+    quantized().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(good_checkpoint, tmp_path):
+    """A copy to spoil."""
+    for file in good_checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def check(tigon_command):
+    """check(folder, *options) -> (exit code, findings)."""
+
+    def run(folder, *options):
+        code, out = tigon_command("check-checkpoint", str(folder), "--json", *options)
+        report = json.loads(out)
+        wrong = [f for f in report["findings"] if f["severity"] == "error"]
+        assert report["ok"] == (code == 0) == (not wrong)
+        return code, report["findings"]
+
+    return run

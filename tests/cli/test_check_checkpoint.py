@@ -1,116 +1,43 @@
-"""tigon check-checkpoint: every fault alone, by its tensor; headers that lie; checkpoints without fault."""
+"""tigon check-checkpoint: every fault of layers, configs and scales alone, by its tensor; checkpoints without fault."""
 
 import json
 import math
-import struct
 
 import pytest
 import torch
+from checkpoints import IN, SIZES, UP, K, Q, edit_json, edit_tensors, errors, poison, quantized
 
 from tigon.integrations import modelopt_format as form
 from tigon.models import HybridConfig, HybridLM
 from tigon.models.shapes import tensor_shapes
-from tigon.modules.fp8_linear import FP8Linear
-from tigon.modules.nvfp4_linear import NVFP4Linear
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 96,
-    "ssm_state_size": 16,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 8,
-    "n_groups": 2,
-}
-IN, UP, DOWN, Q, K = (
-    "backbone.layers.0.mixer.in_proj",
-    "backbone.layers.1.mixer.up_proj",
-    "backbone.layers.1.mixer.down_proj",
-    "backbone.layers.2.mixer.q_proj",
-    "backbone.layers.2.mixer.k_proj",
-)
 
-
-def quantized(plain=("lm_head",), fp8=("in_proj", "out_proj")):
-    """A small model, Mamba layers in FP8 and the rest in NVFP4, with static activation scales."""
-    model = HybridLM(HybridConfig(pattern="M-*", **SIZES))
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and not name.endswith(plain):
-            cls = FP8Linear if name.endswith(fp8) else NVFP4Linear
-            layer = cls.from_linear(module, frozen=True)
-            layer.input_scale = torch.tensor(0.01)
-            model.set_submodule(name, layer)
-    for name in (Q, K, Q.replace("q_", "v_")):
-        model.get_submodule(name).weight_scale_2 = torch.tensor(1e-4)
-    return model
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("good")
-    quantized().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(good, tmp_path):
-    """A copy to spoil."""
-    for file in good.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
-
-
-@pytest.fixture
-def check(tigon_command):
-    """check(folder, *options) -> (exit code, findings)."""
-
-    def run(folder, *options):
-        code, out = tigon_command("check-checkpoint", str(folder), "--json", *options)
-        report = json.loads(out)
-        assert report["ok"] == (code == 0) == (not errors(report["findings"]))
-        return code, report["findings"]
-
-    return run
-
-
-def errors(findings):
-    return [f for f in findings if f["severity"] == "error"]
-
-
-def edit_tensors(folder, change):
-    path = folder / "model.safetensors"
-    tensors = safetensors_torch.load_file(path)
-    change(tensors)
-    safetensors_torch.save_file(tensors, path)
-
-
-def edit_json(folder, file, change):
-    values = json.loads((folder / file).read_text())
-    change(values)
-    (folder / file).write_text(json.dumps(values))
-
-
-def test_a_checkpoint_without_fault_says_what_it_holds(good, tigon_command, check):
-    code, out = tigon_command("check-checkpoint", str(good), "--values", "all")
+def test_a_checkpoint_without_fault_says_what_it_holds(good_checkpoint, tigon_command, check):
+    code, out = tigon_command("check-checkpoint", str(good_checkpoint), "--values", "all")
     assert code == 0 and "0 errors, 0 warnings" in out
     assert "2 FP8, 6 NVFP4" in out
-    assert check(good) == (0, [])
+    assert check(good_checkpoint) == (0, [])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_checkpoints_without_quantization_are_checked_too(tied, tmp_path, check):
+    config = HybridConfig(pattern="M-*", tie_word_embeddings=tied, **SIZES)
+    HybridLM(config).save_pretrained(tmp_path)
+    assert check(tmp_path, "--values", "all") == (0, [])
+    edit_tensors(tmp_path, drop("backbone.layers.0.mixer.A_log"))
+    assert [f["tensor"] for f in check(tmp_path)[1]] == ["backbone.layers.0.mixer.A_log"]
+
+
+def test_a_tensor_under_two_names_is_an_error(folder, check):
+    edit_tensors(folder, put("model.norm_f.weight", torch.ones(64)))
+    code, findings = check(folder)
+    assert code == 2 and "the same tensor of the model" in findings[0]["fault"]
 
 
 def test_no_folder_is_a_mistake_in_the_command(tigon_command, tmp_path):
     assert tigon_command("check-checkpoint", str(tmp_path / "none"))[0] == 1
-
-
-def poison(name, byte):
-    def change(t):
-        t[name].view(torch.uint8).view(-1)[3] = byte
-
-    return change
 
 
 def put(name, value):
@@ -332,6 +259,11 @@ CONFIGS = {  # what was done -> tensor or file of the first error, words
         f"{IN}.weight",
         "no config says how",
     ),
+    "algorithm of a list": (
+        both(lambda v: v["quantized_layers"][UP].update(quant_algo=[1])),
+        form.QUANT_FILE,
+        "quant_algo=[1] is not known",
+    ),
     "config that is not JSON": (
         lambda folder: (folder / form.QUANT_FILE).write_text("{"),
         form.QUANT_FILE,
@@ -378,215 +310,6 @@ def test_one_algorithm_for_all_layers_and_a_plain_one_not_excluded(tmp_path, che
     assert [(f["tensor"], "plain F32" in f["fault"]) for f in findings] == [
         ("lm_head.weight", True)
     ]
-
-
-def raw_header(path):
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def write_raw(path, header, data, length=None):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
-
-
-def entry(change):
-    """The header with one entry changed."""
-
-    def edit(header):
-        change(header[f"{UP}.weight"])
-        return header
-
-    return edit
-
-
-def overlap(header):
-    a, b = (header[f"{UP}.{part}"]["data_offsets"] for part in ("weight", "weight_scale"))
-    size = b[1] - b[0]
-    header[f"{UP}.weight_scale"]["data_offsets"] = [a[0] + 8, a[0] + 8 + size]
-    return header
-
-
-HEADERS = {  # change of the header -> words of the fault
-    "beyond the end": (
-        entry(lambda e: e.update(data_offsets=[10**12, 10**12 + 3072])),
-        "ends at byte",
-    ),
-    "backwards": (entry(lambda e: e.update(data_offsets=[3072, 0])), "after its end"),
-    "negative": (entry(lambda e: e.update(data_offsets=[-3072, 0])), "are not two positions"),
-    "true is no number": (entry(lambda e: e.update(shape=[True, 3072])), "is not a list of sizes"),
-    "negative size": (entry(lambda e: e.update(shape=[-1, 3072])), "is not a list of sizes"),
-    "fraction": (entry(lambda e: e.update(shape=[96.0, 32])), "is not a list of sizes"),
-    "huge product": (entry(lambda e: e.update(shape=[2**40, 2**40])), "data_offsets hold 3072"),
-    "too few bytes": (entry(lambda e: e.update(shape=[96, 33])), "needs 3168 bytes"),
-    "dtype": (entry(lambda e: e.update(dtype="F7")), "dtype 'F7' is not known"),
-    "dtype of a list": (entry(lambda e: e.update(dtype=[])), "dtype [] is not known"),
-    "wider dtype": (entry(lambda e: e.update(dtype="F32")), "needs 12288 bytes"),
-    "no shape": (entry(lambda e: e.pop("shape")), "lacks dtype, shape or data_offsets"),
-    "three offsets": (entry(lambda e: e.update(data_offsets=[0, 1, 2])), "are not two positions"),
-    "overlap": (overlap, "overlaps"),
-    "entry of a list": (lambda h: h | {f"{UP}.weight": []}, "lacks dtype"),
-    "metadata": (lambda h: h | {"__metadata__": {"a": 1}}, "object of texts"),
-    "a list": (lambda h: [], "not a JSON object"),
-    "not JSON": (lambda h: b"{", "header is not JSON"),
-    "not text": (lambda h: b"\xff\xfe{}", "header is not JSON"),
-    "deep": (lambda h: b"[" * 200_000, "header is not JSON"),
-    "twice": (
-        lambda h: (
-            json.dumps(h)[:-1] + f', "{UP}.weight": {json.dumps(h[f"{UP}.weight"])}}}'
-        ).encode(),
-        "named twice",
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", HEADERS)
-def test_a_header_that_the_file_cannot_hold_is_reported(fault, folder, check):
-    change, words = HEADERS[fault]
-    path = folder / "model.safetensors"
-    header, data = raw_header(path)
-    write_raw(path, change(header), data)
-    code, findings = check(folder, "--values", "all")
-    assert code == 2
-    found = [f for f in errors(findings) if words in f["fault"]]
-    assert found, findings
-    assert found[0]["file"] == "model.safetensors"
-
-
-def test_whatever_bytes_of_a_header_change_it_is_read_or_reported_as_safetensors_does(
-    folder, check
-):
-    """Where safetensors refuses the file an error is reported; nothing raises."""
-    import random
-
-    from safetensors import SafetensorError, safe_open
-
-    draw = random.Random(5)
-    path = folder / "model.safetensors"
-    original = path.read_bytes()
-    (length,) = struct.unpack("<Q", original[:8])
-    refused = 0
-    for _ in range(150):
-        data = bytearray(original)
-        for _ in range(draw.randint(1, 3)):
-            at = draw.choice([draw.randrange(8), 8 + draw.randrange(length)])
-            data[at] = draw.choice([draw.randrange(256), *b'0123456789-,:"[]{}eE'])
-        path.write_bytes(data)
-        code, findings = check(folder, "--values", "none")
-        try:
-            with safe_open(path, "pt") as f:
-                list(f.keys())
-        except (SafetensorError, OverflowError):
-            refused += 1
-            assert code == 2 and any(f["file"] == path.name for f in errors(findings))
-    assert refused > 50
-
-
-def test_names_in_a_header_cannot_steer_the_terminal(folder, tigon_command):
-    header, data = raw_header(folder / "model.safetensors")
-    header["\x1b[2J\ud800"] = header.pop(f"{UP}.weight")
-    write_raw(folder / "model.safetensors", header, data)
-    code, out = tigon_command("check-checkpoint", str(folder))
-    assert code == 2 and "\\x1b[2J\\ud800" in out and "\x1b" not in out
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"hidden_size": -3},
-        {"hidden_size": "wide"},
-        {"n_groups": 0},
-        {"hybrid_override_pattern": "X"},
-        {"hybrid_override_pattern": "E", "n_routed_experts": 10**12},
-        {"time_step_limit": 3},
-    ],
-)
-def test_sizes_that_make_no_model_leave_the_rest_checked(sizes, folder, check):
-    edit_json(folder, "config.json", lambda v: v.update(sizes))
-    edit_tensors(folder, poison(f"{UP}.weight_scale", 0x7F))
-    code, findings = check(folder)
-    assert code == 2 and any("shapes are not checked" in f["fault"] for f in findings)
-    assert [f["tensor"] for f in errors(findings)] == [f"{UP}.weight_scale"]
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "not even"),
-        (b"\x05\0\0", "not even"),
-        (struct.pack("<Q", 2**63) + b"{}", "header of"),
-        (struct.pack("<Q", 3) + b"{}", "header of 3 bytes in a file of 10"),
-        (struct.pack("<Q", 2) + b"{}" + b"\0" * 5, "belong to none"),
-    ],
-)
-def test_a_file_that_is_no_safetensors_is_reported(content, words, folder, check):
-    (folder / "model.safetensors").write_bytes(content)
-    code, findings = check(folder)
-    assert code == 2 and any(words in f["fault"] for f in findings), findings
-
-
-def test_a_truncated_file_names_what_it_lost(folder, check):
-    path = folder / "model.safetensors"
-    header, _ = raw_header(path)
-    last = max(
-        (e["data_offsets"][1], name) for name, e in header.items() if name != "__metadata__"
-    )[1]
-    path.write_bytes(path.read_bytes()[:-1])
-    code, findings = check(folder)
-    assert code == 2 and last in [f["tensor"] for f in findings if "ends at byte" in f["fault"]]
-
-
-@pytest.fixture
-def sharded(tmp_path):
-    quantized().save_pretrained(tmp_path, max_shard_size="8KB")
-    return tmp_path
-
-
-INDEX = "model.safetensors.index.json"
-INDICES = {
-    "shard that is not there": (
-        lambda m: m.update({f"{UP}.weight": "model-9.safetensors"}),
-        "which is not there",
-    ),
-    "tensor in another shard": (
-        lambda m: m.update(
-            {f"{UP}.weight": m["lm_head.weight"], "lm_head.weight": m[f"{UP}.weight"]}
-        ),
-        "the index has it in",
-    ),
-    "tensor that no shard has": (lambda m: m.update(ghost=m["lm_head.weight"]), "is not in model-"),
-    "file outside": (
-        lambda m: m.update({f"{UP}.weight": "../model.safetensors"}),
-        "outside the folder",
-    ),
-    "absolute path": (lambda m: m.update({f"{UP}.weight": "/etc/passwd"}), "outside the folder"),
-    "pickle": (lambda m: m.update({f"{UP}.weight": "model.bin"}), "never opened"),
-    "number": (lambda m: m.update({f"{UP}.weight": 3}), "does not map"),
-}
-
-
-@pytest.mark.parametrize("fault", INDICES)
-def test_an_index_that_does_not_fit_its_shards_is_reported(fault, sharded, check):
-    change, words = INDICES[fault]
-    assert check(sharded) == (0, [])
-    edit_json(sharded, INDEX, lambda v: change(v["weight_map"]))
-    code, findings = check(sharded)
-    assert code == 2 and any(words in f["fault"] for f in errors(findings)), findings
-
-
-def test_shards_beside_the_index_are_warned_of(sharded, check):
-    extra = sharded / "extra.safetensors"
-    safetensors_torch.save_file({"x": torch.ones(2)}, extra)
-    code, findings = check(sharded)
-    assert code == 0 and findings[0]["file"] == "extra.safetensors"
-
-
-def test_only_pickled_weights_are_named_and_not_opened(folder, check):
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    code, findings = check(folder)
-    assert code == 2 and "never opened: pytorch_model.bin" in findings[0]["fault"]
 
 
 def experts(folder, change=None):
