@@ -24,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tiles = [F.linear(tile, weight, bias) for tile in rows.split(ROWS)] if count else [rows]
     if not count:
         return F.linear(x, weight, bias)
-    return torch.cat(tiles)[:count].unflatten(0, x.shape[:-1])
+    return torch.cat(tiles)[:count].view(*x.shape[:-1], weight.shape[0])
 
 
 def activation_dtype(layer: nn.Linear) -> torch.dtype:
