@@ -49,7 +49,7 @@ def quantize(
     frozen: bool | None = None,
     amax: dict[str, Tensor] | None = None,
 ) -> QuantizeReport:
-    """Replace Linear layers of `model`, in place, by the formats of `recipe`.
+    """Replace Linear layers of `model`, in place, by the formats of `recipe`. Hooks of replaced layers go with them.
 
     Args:
         model: any model whose layers are torch's or Tigon's Linear; before `fully_shard` and `torch.compile`.
@@ -88,15 +88,15 @@ def quantize(
         else:
             report.kept[name] = obstacle
     _check_chosen(linears, chosen, recipe, amax)
-    made: dict[int, QuantizedLinear] = {}  # a layer may have several names
-    for name, format in chosen.items():
-        old = linears[name]
-        if id(old) not in made:
-            kind, options = FORMATS[format]
-            made[id(old)] = kind.from_linear(old, **options, frozen=recipe.frozen)
-        static = name in amax and made[id(old)].set_input_amax(amax[name])
-        model.set_submodule(name, made[id(old)])
-        report.replaced[name] = f"{format}, static activation scale" if static else format
+    for names in _by_layer(linears, chosen):
+        format = chosen[names[0]]
+        kind, options = FORMATS[format]
+        new = kind.from_linear(linears[names[0]], **options, frozen=recipe.frozen)
+        static = names[0] in amax and new.set_input_amax(amax[names[0]])
+        for name in names:
+            model.set_submodule(name, new)
+            report.replaced[name] = f"{format}, static activation scale" if static else format
+            del linears[name]  # the old weights are freed one layer at a time
     report.bytes_after = _bytes(model)
     _warn_of_readers(model)
     return report
@@ -144,6 +144,14 @@ def _bytes(model: nn.Module) -> int:
     return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
 
 
+def _by_layer(linears: dict[str, nn.Linear], chosen: dict[str, str]) -> list[list[str]]:
+    """The chosen names, those of one and the same layer together."""
+    names: dict[int, list[str]] = {}
+    for name in chosen:
+        names.setdefault(id(linears[name]), []).append(name)
+    return list(names.values())
+
+
 def _check_patterns(recipe: Recipe, names: list[str]) -> None:
     idle = [
         r.pattern
@@ -177,6 +185,8 @@ def _obstacle(layer: nn.Linear, shared: dict[int, list[str]]) -> str | None:
     kind = type(layer)
     if not isinstance(layer, QuantizedLinear) and kind not in (nn.Linear, Linear):
         return f"it is a {kind.__qualname__}, whose forward is its own"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced, as accelerate's hooks do"
     if id(layer.weight) in shared:
         return f"its weight is shared: {', '.join(shared[id(layer.weight)])}"
     return None

@@ -1,6 +1,7 @@
 """Recipes: the published tables by name, what `quantize` replaces and refuses, and models that run on afterwards."""
 
 import warnings
+import weakref
 from collections import Counter
 
 import pytest
@@ -247,9 +248,26 @@ def test_layers_with_a_forward_of_their_own_are_kept():
         def forward(self, x):
             return super().forward(x) + 1
 
-    model = nn.Sequential(Adapter(16, 16), nn.Linear(16, 16))
+    model = nn.Sequential(Adapter(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    model[2].forward = model[2].forward
     report = quantize(model, Recipe((("*", "fp8"),)))
-    assert "Adapter" in report.kept["0"] and list(report.replaced) == ["1"]
+    assert "Adapter" in report.kept["0"] and "was replaced" in report.kept["2"]
+    assert list(report.replaced) == ["1"]
+
+
+def test_old_weights_are_freed_one_layer_at_a_time(monkeypatch):
+    """A model that fills the memory can be quantized in place."""
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+    old = [weakref.ref(layer.weight) for layer in model]
+    alive, real = [], FP8Linear.from_linear.__func__
+
+    def from_linear(cls, linear, **options):
+        alive.append(sum(ref() is not None for ref in old))
+        return real(cls, linear, **options)
+
+    monkeypatch.setattr(FP8Linear, "from_linear", classmethod(from_linear))
+    quantize(model, Recipe((("*", "fp8"),), frozen=True))
+    assert alive == [4, 3, 2, 1]
 
 
 def test_mistakes_are_refused_by_name_and_change_nothing():
