@@ -33,9 +33,8 @@ from tigon.ops.quantized import FP8Tensor, MXFP8Tensor, NVFP4Tensor, QuantizedTe
 if TYPE_CHECKING:
     from tigon.integrations.checkpoint_findings import Finding
 
-Expected = tuple[
-    tuple[int, ...], str | None, bool
-]  # shape, safetensors' dtype if it is fixed, may be absent
+# Shape, safetensors' dtype if that is fixed, whether it may be absent.
+Expected = tuple[tuple[int, ...], str | None, bool]
 
 
 class Layout:
@@ -43,10 +42,9 @@ class Layout:
 
     def __init__(self, config: QuantConfig):
         self.config = config
-        self.formats: dict[str, LayerFormat] = {}  # of the layers that `install` replaced
-        self.decoded: dict[
-            str, LayerFormat
-        ] = {}  # of those with no frozen form, dequantized when they are read
+        # Layers that `install` replaced; and those with no frozen form, dequantized as they are read.
+        self.formats: dict[str, LayerFormat] = {}
+        self.decoded: dict[str, LayerFormat] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
         self._parts: dict[str, dict[str, Tensor]] = {}
 
