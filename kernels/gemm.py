@@ -24,7 +24,7 @@ from tigon.kernels.gemm_decode import FOLD
 from tigon.kernels.gemm_multiply import add_splits, multiply
 from tigon.kernels.launch import plan, target
 from tigon.kernels.launch_gemm import GemmConfig
-from tigon.kernels.ssd_common import INTERPRETED
+from tigon.kernels.ssd_common import INTERPRETED, ensure_scratch
 
 GRANULES = {"fp8-1x128": 1, "fp8-128x128": 128}
 ROW_TILE, COLUMN_TILE = 1, 1024  # of add_splits: 8 elements a thread
@@ -49,6 +49,12 @@ class _Operand:
 
     def pointers(self):
         return self.codes, self.scale, self.outer
+
+    def fits_tma(self) -> bool:
+        """Rows of codes, and tiles of scales, start on 16 bytes."""
+        size = self.codes.element_size()
+        starts = [self.codes, self.scale] if self.swizzled else [self.codes]
+        return _pitch(self.codes) * size % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in starts)
 
     def pitches(self):
         """(of codes, of block scales, of outer scales)"""
@@ -122,6 +128,9 @@ def scaled_mm(
     if element is not None:
         folded = FOLD.value ** ((left.format == "nvfp4") + (right.format == "nvfp4"))
     partial = "add_splits" in configs
+    tma = config.tma and left.fits_tma() and right.fits_tma()
+    if tma and a.is_cuda:
+        ensure_scratch()
     given = (
         torch.empty(config.splits, m, n, dtype=torch.float32, device=a.device) if partial else out
     )
@@ -133,7 +142,7 @@ def scaled_mm(
         LEFT_FORMAT=left.format, LEFT_E5M2=left.e5m2, LEFT_GRANULE=left.granule, LEFT_SWIZZLED=left.swizzled,
         RIGHT_FORMAT=right.format, RIGHT_E5M2=right.e5m2, RIGHT_GRANULE=right.granule, RIGHT_SWIZZLED=right.swizzled,
         DTYPE=element, SCALED=config.scaled, PROMOTE=config.promote, PRECISION=config.precision,
-        WHOLE=k % config.block_k == 0, QUADS=config.quads, WALK=config.walk, PARTIAL=partial,
+        WHOLE=k % config.block_k == 0, QUADS=config.quads, TMA=tma, WALK=config.walk, PARTIAL=partial,
         FOLDED=folded, SWAPPED=config.swap, RELU2=relu2, ACCUMULATE=accumulate,
         LEFT=config.left, RIGHT=config.right, BLOCK_K=config.block_k, BAND=config.band, UPCAST=INTERPRETED,
         num_warps=config.warps, num_stages=config.stages,

@@ -75,11 +75,11 @@ def spread(scale, WIDTH: tl.constexpr):
 def quad_order(BLOCK_K: tl.constexpr):
     """Where in a tile the k of each place lies, where four lanes shall each read a quarter of a row of codes.
 
-    Place (r, lane, parity) takes k (lane, r, parity). wgmma wants neighbouring pairs of k in four neighbouring lanes; in
-    this order each finds its pairs side by side, 16 bytes at a time and not single ones, and a quarter of the scales.
-    A sum over k has no order, as long as both operands agree. For 128 x 128 codes, 128 threads on sm_90: 757 in place
-    of 1,199 instructions and 119 of 222 registers. mma.sync on sm_80 and sm_120, whose operands Triton orders so itself,
-    gets worse (1,047 of 839), sm_100, whose operand goes to tensor memory, does not change.
+    Place (r, lane, parity) takes k (lane, r, parity). wgmma wants neighbouring pairs of k in four neighbouring lanes;
+    in this order each finds its pairs side by side, 16 bytes at a time and not single ones, and a quarter of the
+    scales. A sum over k has no order, as long as both operands agree. For 128 x 128 codes and 128 threads on sm_90,
+    757 instructions in place of 1,199 and 119 registers of 222. mma.sync on sm_80 and sm_120, whose operands Triton
+    orders so itself, gets worse (1,047 of 839); sm_100, where the operand goes to tensor memory, does not change.
     """
     place = tl.arange(0, BLOCK_K)
     return place // 2 % 4 * (BLOCK_K // 4) + place // 8 * 2 + place % 2

@@ -14,7 +14,12 @@ then, and Hopper's FP8 sums, which keep some 14 bits inside the MMA, do not grow
 import triton
 import triton.language as tl
 
-from tigon.kernels.gemm_operands import load_operand, load_scaled_operand
+from tigon.kernels.gemm_operands import (
+    codes_source,
+    load_operand,
+    load_scaled_operand,
+    scaled_scale_source,
+)
 from tigon.kernels.ssd_common import dot, narrow
 
 
@@ -70,9 +75,19 @@ def add_segment(
     LEFT_FORMAT: tl.constexpr, LEFT_E5M2: tl.constexpr, LEFT_GRANULE: tl.constexpr, LEFT_SWIZZLED: tl.constexpr,
     RIGHT_FORMAT: tl.constexpr, RIGHT_E5M2: tl.constexpr, RIGHT_GRANULE: tl.constexpr, RIGHT_SWIZZLED: tl.constexpr,
     DTYPE: tl.constexpr, SCALED: tl.constexpr, PROMOTE: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
-    QUADS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+    QUADS: tl.constexpr, TMA: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """acc (LEFT, RIGHT) plus the products over k in [first, last)."""
+    left_codes = codes_source(left_ptr, rows, k, left_row, LEFT_FORMAT, LEFT, BLOCK_K, TMA)
+    right_codes = codes_source(right_ptr, columns, k, right_row, RIGHT_FORMAT, RIGHT, BLOCK_K, TMA)
+    if SCALED:
+        left_scale = scaled_scale_source(
+            left_ptr, left_scale, rows, k, LEFT_FORMAT, LEFT_SWIZZLED, LEFT, BLOCK_K, TMA
+        )
+        right_scale = scaled_scale_source(
+            right_ptr, right_scale, columns, k, RIGHT_FORMAT, RIGHT_SWIZZLED, RIGHT, BLOCK_K, TMA
+        )
     # Counted in steps, so that the compiler sees what k0 is a multiple of, and loads scales 8 at a time.
     for step in range(first // BLOCK_K, tl.cdiv(last, BLOCK_K)):
         k0 = step * BLOCK_K
@@ -84,22 +99,22 @@ def add_segment(
                 "e2m1" if RIGHT_FORMAT == "nvfp4" else "e5m2" if RIGHT_E5M2 else "e4m3"
             )
             left, scale_l = load_scaled_operand(
-                left_ptr, left_scale, i, tile_i, rows, left_row, left_scale_row, k0, k,
-                LEFT_FORMAT, LEFT_SWIZZLED, LEFT, BLOCK_K, WHOLE,
+                left_codes, left_scale, i, tile_i, rows, left_row, left_scale_row, k0, k,
+                LEFT_FORMAT, LEFT_SWIZZLED, BLOCK_K, WHOLE, TMA,
             )  # fmt: skip
             right, scale_r = load_scaled_operand(
-                right_ptr, right_scale, j, tile_j, columns, right_row, right_scale_row, k0, k,
-                RIGHT_FORMAT, RIGHT_SWIZZLED, RIGHT, BLOCK_K, WHOLE,
+                right_codes, right_scale, j, tile_j, columns, right_row, right_scale_row, k0, k,
+                RIGHT_FORMAT, RIGHT_SWIZZLED, BLOCK_K, WHOLE, TMA,
             )  # fmt: skip
             acc = tl.dot_scaled(left, scale_l, LEFT_CODES, right.T, scale_r, RIGHT_CODES, acc)
         else:
             left = load_operand(
-                left_ptr, left_scale, i, left_row, left_scale_row, k0, k,
-                LEFT_FORMAT, LEFT_E5M2, LEFT_SWIZZLED, DTYPE, BLOCK_K, WHOLE, QUADS, UPCAST,
+                left_codes, left_scale, i, tile_i, left_row, left_scale_row, k0, k,
+                LEFT_FORMAT, LEFT_E5M2, LEFT_SWIZZLED, DTYPE, BLOCK_K, WHOLE, QUADS, TMA, UPCAST,
             )  # fmt: skip
             right = load_operand(
-                right_ptr, right_scale, j, right_row, right_scale_row, k0, k,
-                RIGHT_FORMAT, RIGHT_E5M2, RIGHT_SWIZZLED, DTYPE, BLOCK_K, WHOLE, QUADS, UPCAST,
+                right_codes, right_scale, j, tile_j, right_row, right_scale_row, k0, k,
+                RIGHT_FORMAT, RIGHT_E5M2, RIGHT_SWIZZLED, DTYPE, BLOCK_K, WHOLE, QUADS, TMA, UPCAST,
             )  # fmt: skip
             if PROMOTE:
                 part = dot(left, right.T, None, PRECISION, UPCAST)
@@ -134,7 +149,7 @@ def multiply(
     LEFT_FORMAT: tl.constexpr, LEFT_E5M2: tl.constexpr, LEFT_GRANULE: tl.constexpr, LEFT_SWIZZLED: tl.constexpr,
     RIGHT_FORMAT: tl.constexpr, RIGHT_E5M2: tl.constexpr, RIGHT_GRANULE: tl.constexpr, RIGHT_SWIZZLED: tl.constexpr,
     DTYPE: tl.constexpr, SCALED: tl.constexpr, PROMOTE: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
-    QUADS: tl.constexpr, WALK: tl.constexpr, PARTIAL: tl.constexpr,
+    QUADS: tl.constexpr, TMA: tl.constexpr, WALK: tl.constexpr, PARTIAL: tl.constexpr,
     FOLDED: tl.constexpr, SWAPPED: tl.constexpr, RELU2: tl.constexpr, ACCUMULATE: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +174,7 @@ def multiply(
                 left_row, left_scale_row, right_row, right_scale_row,
                 LEFT_FORMAT, LEFT_E5M2, LEFT_GRANULE, LEFT_SWIZZLED,
                 RIGHT_FORMAT, RIGHT_E5M2, RIGHT_GRANULE, RIGHT_SWIZZLED,
-                DTYPE, SCALED, PROMOTE, PRECISION, WHOLE, QUADS, LEFT, RIGHT, BLOCK_K, UPCAST,
+                DTYPE, SCALED, PROMOTE, PRECISION, WHOLE, QUADS, TMA, LEFT, RIGHT, BLOCK_K, UPCAST,
             )  # fmt: skip
     else:
         acc = add_segment(
@@ -168,7 +183,7 @@ def multiply(
             left_row, left_scale_row, right_row, right_scale_row,
             LEFT_FORMAT, LEFT_E5M2, LEFT_GRANULE, LEFT_SWIZZLED,
             RIGHT_FORMAT, RIGHT_E5M2, RIGHT_GRANULE, RIGHT_SWIZZLED,
-            DTYPE, SCALED, PROMOTE, PRECISION, WHOLE, QUADS, LEFT, RIGHT, BLOCK_K, UPCAST,
+            DTYPE, SCALED, PROMOTE, PRECISION, WHOLE, QUADS, TMA, LEFT, RIGHT, BLOCK_K, UPCAST,
         )  # fmt: skip
     if PARTIAL:
         share = out_ptr + tl.program_id(1).to(tl.int64) * rows * columns

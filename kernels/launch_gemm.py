@@ -3,7 +3,8 @@
 What is multiplied ("kind") follows from the formats and the architecture:
 
     fp8      E4M3 and E5M2 codes as they are, from sm_90 on; scales of 128 k are applied tile by tile
-    scaled   NVFP4 x NVFP4 and MXFP8 x MXFP8 on sm_100 and sm_120, block scales and all
+    nvfp4    on sm_100 and sm_120: NVFP4 x NVFP4, block scales and all
+    mxfp8    on sm_100 and sm_120: MXFP8 x MXFP8, block scales and all
     half     everything else, decoded to fp16 or bf16 on the way to the MMA
     fp32     an fp32 operand beside NVFP4, in three TF32 products
 """
@@ -21,7 +22,8 @@ class GemmConfig:
     """A program multiplies a (left, block_k) by a (right, block_k) tile at a time; one of them is of `a` (m,k).
 
     swap: the left one is of `b`. kind: see above. promote: sums leave the MMA every block_k. quads: k in an order that
-    suits 4-bit codes. k is cut in `splits` segments of split_k: one a program, or all in one if walk.
+    suits 4-bit codes. tma: tiles through tensor descriptors, where rows start on 16 bytes. k is cut in `splits`
+    segments of split_k: one a program, or all in one if walk.
     """
 
     left: int
@@ -33,6 +35,7 @@ class GemmConfig:
     swap: bool = False
     promote: bool = False
     quads: bool = False
+    tma: bool = False
     precision: str = "tf32"
     splits: int = 1
     split_k: int = 0
@@ -41,7 +44,8 @@ class GemmConfig:
 
     @property
     def scaled(self) -> bool:
-        return self.kind == "scaled"
+        """Whether the MMA takes block scales."""
+        return self.kind in ("nvfp4", "mxfp8")
 
 
 def gemm_kind(arch: int, a_format: str, b_format: str, itemsize: int) -> str:
@@ -49,7 +53,7 @@ def gemm_kind(arch: int, a_format: str, b_format: str, itemsize: int) -> str:
     if a_format == "plain" and itemsize == 4:
         return "fp32"
     if a_format == b_format and a_format in ("nvfp4", "mxfp8"):
-        return "scaled" if arch >= 100 else "half"
+        return a_format if arch >= 100 else "half"
     if a_format.startswith("fp8") and b_format.startswith("fp8"):
         return "fp8" if arch >= 90 else "half"
     return "half"
@@ -59,7 +63,7 @@ def gemm_kind(arch: int, a_format: str, b_format: str, itemsize: int) -> str:
 WIDE = {
     ("fp8", 90): (128, 128, 128, 8, 4),
     ("fp8", 100): (128, 256, 128, 8, 3),
-    ("fp8", 120): (128, 128, 64, 8, 3),
+    ("fp8", 120): (128, 128, 64, 8, 4),
     ("half", 80): (128, 128, 32, 8, 4),
     ("half", 90): (128, 128, 64, 8, 4),
     ("half", 100): (128, 128, 64, 8, 4),
@@ -68,8 +72,10 @@ WIDE = {
     ("fp32", 90): (64, 64, 32, 8, 2),
     ("fp32", 100): (64, 64, 32, 8, 2),
     ("fp32", 120): (64, 64, 32, 8, 2),
-    ("scaled", 100): (128, 256, 256, 8, 3),
-    ("scaled", 120): (128, 128, 128, 8, 2),
+    ("nvfp4", 100): (128, 256, 256, 8, 3),
+    ("nvfp4", 120): (128, 128, 128, 8, 4),
+    ("mxfp8", 100): (128, 256, 128, 8, 3),
+    ("mxfp8", 120): (128, 128, 128, 8, 3),
 }
 # left, block_k, warps, stages where one side has few rows
 NARROW = {
@@ -84,8 +90,10 @@ NARROW = {
     ("fp32", 90): (64, 32, 4, 3),
     ("fp32", 100): (64, 32, 4, 3),
     ("fp32", 120): (64, 32, 4, 3),
-    ("scaled", 100): (128, 256, 4, 4),
-    ("scaled", 120): (128, 128, 4, 3),
+    ("nvfp4", 100): (128, 256, 4, 4),
+    ("nvfp4", 120): (128, 256, 4, 3),
+    ("mxfp8", 100): (128, 128, 4, 4),
+    ("mxfp8", 120): (128, 128, 4, 3),
 }
 
 
@@ -105,12 +113,15 @@ def gemm_tiles(
     else:
         left, block_k, warps, stages = NARROW[kind, arch]
         right = power_of_two(max(1, side))
+        if right > 16:
+            warps, block_k = 8, min(block_k, 64) if kind == "half" else block_k
         swap = weight_only or invariant or m <= n
     row = GemmConfig(left, right, block_k, warps, stages, kind, swap)
     return replace(
         row,
         promote=blocks > 0 or (kind == "fp8" and arch == 90),
         quads=weight_only and kind == "half" and arch == 90 and right <= FEW,
+        tma=side > FEW and arch >= 90,
         precision="tf32x3" if kind == "fp32" else "tf32",
     )
 
