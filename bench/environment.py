@@ -3,11 +3,13 @@
 import datetime
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import tigon
+from tigon.bench.peers.find import FOLDER
 from tigon.cli import machine
 
 
@@ -20,10 +22,17 @@ def commit() -> str | None:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
+def apart() -> list[tuple[str, str | None]]:
+    """Versions of the peers that are out of sight."""
+    found = {d.name: d.version for d in metadata.distributions(path=[str(FOLDER)])}
+    return [(name, found.get(name)) for name in ("torchao", "nvidia-modelopt")]
+
+
 def environment(device: str) -> dict:
     """Date, versions, commit and machine, for a record on `device`."""
     facts = machine.facts()
     facts["python"] = {"version": facts["python"]["version"]}  # where it lies is nobody's business
+    facts["packages"] |= {name: version for name, version in apart() if version}
     return {
         "date": datetime.date.today().isoformat(),
         "tigon": tigon.__version__,

@@ -91,8 +91,8 @@ def measure(
 
 
 @contextlib.contextmanager
-def _quiet_stderr():
-    """The profiler's C++ side writes a line to file descriptor 2 at its start and its end."""
+def quiet_stderr():
+    """For C++ that writes to file descriptor 2, as the profiler does at its start and its end."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -119,7 +119,7 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with (
-        _quiet_stderr(),
+        quiet_stderr(),
         torch.profiler.profile(activities=activities, profile_memory=True) as profile,
     ):
         call()

@@ -1,17 +1,36 @@
-"""Plain torch, eager: what a model writes without Tigon."""
+"""Plain torch, eager: what a model writes without Tigon; for products, the dense one of the dequantized operands."""
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 
+from tigon.bench.peers.find import once
 from tigon.bench.workloads import Workload
 
-OPS = ("causal_conv1d", "rms_norm")
+OPS = ("causal_conv1d", "rms_norm", "scaled_mm")
 
 
 def build(work: Workload) -> Callable:
     """inputs -> outputs of the op."""
+    if work.op == "scaled_mm":
+        return _product(work.dtype)
     return {"causal_conv1d": _conv, "rms_norm": _norm}[work.op]
+
+
+def _product(dtype) -> Callable:
+    """cuBLAS on a GPU. The operands are dequantized before the clock runs."""
+
+    def dense(inputs):
+        return [t if isinstance(t, torch.Tensor) else t.dequantize(dtype) for t in inputs.values()]
+
+    prepared = once(dense)
+
+    def call(inputs):
+        a, b = prepared(inputs)
+        return (a @ b.T,)
+
+    return call
 
 
 def _conv(inputs):

@@ -81,7 +81,7 @@ def variants(op: str, wanted: str | None, several: bool = False) -> tuple[str | 
 
     if wanted == "all":
         return known(op)
-    return (wanted,) if wanted in known(op) or not several else ()
+    return (wanted,) if wanted in (None, *known(op)) or not several else ()
 
 
 def ops(names: list[str]) -> list[str]:

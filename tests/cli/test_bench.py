@@ -1,14 +1,18 @@
 """tigon bench: the gate, what is printed and recorded, and the parts that it is made of."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
-from tigon.bench import run, timing, workloads
+from tigon.bench import lowprec, run, timing, workloads
 from tigon.bench.peers import find
-from tigon.bench.work import work
+from tigon.bench.variants import VARIANTS, variants
+from tigon.bench.work import stored, work
+from tigon.ops.quantized import QuantizedTensor
 
 SHAPE = ("--shape", "l=16,h=4,p=8,g=2,n=16", "--dtype", "float32")
 ONCE = ("--repeat", "1", "--device", "cpu")
@@ -58,6 +62,60 @@ def test_dry_run_needs_no_gpu_and_prints_work_and_launch(tigon_command):
     code, out = tigon_command("bench", "all", "--dry-run", "--mode", "backward", "--arch", "90")
     assert code == 0
     assert "GFLOP" in out and "convolve on sm_90" in out and "ssd_update has no backward" in out
+
+
+CASES = [(op, variant) for op in VARIANTS for variant in variants(op)]
+
+
+@pytest.mark.parametrize("op,variant", CASES)
+def test_bytes_of_a_low_precision_op_are_those_of_its_tensors(op, variant):
+    load = workloads.make(op, workloads.SMALL[op], torch.bfloat16, variant=variant)
+    out = load.run()
+    assert len(out) == len(load.outputs)
+    moved = sum(t.nbytes for t in (*load.inputs.values(), *out))
+    assert work(op, load.sizes, 2, variant=variant).bytes == moved
+    meta = workloads.make(op, load.sizes, torch.bfloat16, "meta", variant=variant)
+    assert [t.shape for t in meta.run()] == [t.shape for t in out]
+
+
+def test_stored_bytes_of_real_sizes():
+    """16 elements of NVFP4 take nine bytes, 32 of MXFP8 33."""
+    assert stored("nvfp4", 128, 4096, 2) == 128 * 4096 * 9 // 16 + 4
+    assert stored("mxfp8", 128, 4096, 2) == 128 * 4096 * 33 // 32
+    assert stored("fp8-128x128", 300, 300, 2) == 300 * 300 + 4 * 9
+    assert stored("plain", 3, 5, 2) == 30
+
+
+@pytest.mark.parametrize("format", ["plain", "nvfp4", "mxfp8", "fp8-row", "fp8-128x128"])
+def test_exact_values_are_the_dequantized_ones_but_for_a_rounding(format):
+    q = lowprec.quantized(torch.randn(150, 272), format)
+    got = q.dequantize() if isinstance(q, QuantizedTensor) else q
+    assert lowprec.values(q).dtype == torch.float64
+    torch.testing.assert_close(got.double(), lowprec.values(q), rtol=2**-23, atol=0)
+
+
+def test_batch_invariant_mode_stands_beside_the_default(tigon_command):
+    argv = ("--variant", "w4a16", "--shape", "m=20,n=30,k=64", "--peers", "none", *ONCE)
+    code, out = tigon_command("bench", "scaled_mm", *argv, "--batch-invariant")
+    assert code == 0 and run.INVARIANT in out
+
+
+def test_peers_give_almost_the_same_bytes_and_the_same_products(tmp_path):
+    """In a process of their own: transformers would take what it finds, and torchao cannot be imported twice."""
+    file = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "tigon", "bench", "quantize_nvfp4", "scaled_mm", *ONCE]
+    command += ["--shape", "m=64,n=32,k=256", "--no-memory", "--json", str(file)]
+    subprocess.run(command, check=True, capture_output=True)
+    quantizers, products = json.loads(file.read_text())
+    assert quantizers["case"]["variant"] == "row" and products["case"]["variant"] == "fp8-row"
+    errors = {r["name"]: r["error"] for r in quantizers["results"]}
+    missing = {k for k, v in quantizers["missing"].items() if "not installed" in v}
+    assert set(errors) | missing == {"tigon", "torchao", "modelopt"}
+    assert errors.pop("tigon") == 0
+    assert all(error < 0.006 for error in errors.values())  # a byte holds two codes
+    errors = {r["name"]: r["error"] for r in products["results"]}
+    assert {"tigon", "torch_eager", "torch_scaled_mm"} <= set(errors)
+    assert all(error < 1e-2 for error in errors.values())
 
 
 def test_work_of_the_scan_is_the_published_count():
