@@ -12,10 +12,18 @@ import host_build
 import pytest
 
 from tigon import native
-from tigon.native import mamba2
+from tigon.native import mamba2, quantize
 
 ARCHS = ["80", "90a", "100a", "120a"]
 SOURCES = host_build.KERNELS
+INSTANCES = {
+    "amax": 3,
+    "conv1d_update": 9,
+    "dequantize": 9,
+    "quantize_fp8": 6,
+    "quantize_nvfp4": 9,
+    "ssd_update": 18,
+}
 
 
 def cuobjdump() -> str | None:
@@ -25,15 +33,20 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or (str(wheel) if wheel and wheel.is_file() else None)
 
 
-@pytest.fixture(scope="module", params=ARCHS)
-def compiled(request):
-    """source stem -> (cubin, what ptxas said), compiled as CMakeLists.txt does for this architecture."""
+def nvcc_here() -> str:
+    """The system's nvcc, or that of a wheel; else a skip."""
     folders = (*sys.path, f"{sys.prefix}/peers")  # the last is where `make env` puts a wheel of it
     wheels = (Path(folder) / "nvidia/cu13/bin/nvcc" for folder in folders)
     nvcc = shutil.which("nvcc") or next(filter(Path.is_file, wheels), None)
     if nvcc is None:
         pytest.skip("no nvcc: `make env`, or a CUDA toolkit")
-    arch = request.param
+    return str(nvcc)
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def compiled(request):
+    """source stem -> (cubin, what ptxas said), compiled as CMakeLists.txt does for this architecture."""
+    nvcc, arch = nvcc_here(), request.param
     version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
     if f"sm_{arch.rstrip('a')}" not in known.stdout.split():
@@ -61,7 +74,7 @@ def test_no_instance_spills_or_has_a_stack(compiled, stem):
     log = compiled[stem][1]
     kernels = re.findall(r"Compiling entry function '(\w+)'", log)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", log)
-    assert len(kernels) == len(frames) == {"ssd_update": 18, "conv1d_update": 9}[stem]
+    assert len(kernels) == len(frames) == INSTANCES[stem]
     assert {k: f for k, f in zip(kernels, frames) if f != ("0", "0", "0")} == {}
 
 
@@ -72,21 +85,75 @@ def test_ssd_update_keeps_five_blocks_on_a_multiprocessor(compiled):
     assert {k: int(r) for k, r in used.items() if "Lb1E" in k and int(r) > 96} == {}
 
 
-def test_ssd_update_moves_the_state_16_bytes_at_a_time(compiled):
+def functions(cubin: Path) -> dict[str, str]:
+    """SASS by the mangled name of the kernel."""
     tool = cuobjdump()
     if tool is None:
         pytest.skip("no cuobjdump: it comes with Triton's wheel and with the CUDA toolkit")
-    sass = subprocess.run(
-        [tool, "-sass", str(compiled["ssd_update"][0])], capture_output=True, text=True, check=True
-    ).stdout
-    functions = dict(re.findall(r"Function : (\w+)\n((?:(?!Function :)(?:.|\n))*)", sass))
-    vector = {name: body for name, body in functions.items() if "Lb1E" in name}
+    sass = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True)
+    return dict(re.findall(r"Function : (\w+)\n((?:(?!Function :)(?:.|\n))*)", sass.stdout))
+
+
+def test_ssd_update_moves_the_state_16_bytes_at_a_time(compiled):
+    found = functions(compiled["ssd_update"][0])
+    vector = {name: body for name, body in found.items() if "Lb1E" in name}
     assert len(vector) == 9
     for name, body in vector.items():
         # Two rows of 16 elements a lane; staging loads B and C 16 bytes at a time besides.
         state = 4 if re.search(r"(half|bfloat16|S1_)Lb1E", name) else 8
         assert len(re.findall(r"LDG\.E\.128", body)) >= state + 2, name
         assert len(re.findall(r"STG\.E\.128", body)) == state, name
+
+
+def test_quantizers_keep_their_blocks_on_a_multiprocessor(compiled):
+    """Of 256 threads: four, or three where rounding needs more registers or fp32 tiles are in the way."""
+    for stem in ("amax", "quantize_nvfp4", "quantize_fp8", "dequantize"):
+        log = compiled[stem][1]
+        used = dict(re.findall(r"entry function '(\w+)'(?:.|\n)*?Used (\d+) registers", log))
+        three = {k for k in used if "Li1E" in k or "Li2E" in k or "quantize_fp8If" in k}
+        most = {k: 80 if k in three else 64 for k in used}
+        assert {k: r for k, r in used.items() if int(r) > most[k]} == {}
+
+
+@pytest.mark.parametrize("stem", ["amax", "quantize_nvfp4", "quantize_fp8"])
+def test_quantizers_have_four_loads_of_16_bytes_in_flight(compiled, stem):
+    """And a whole run's codes leave in one store: 8 bytes of NVFP4, 16 of FP8."""
+    store = {"quantize_nvfp4": r"STG\.E\.64", "quantize_fp8": r"STG\.E\.128"}.get(stem)
+    for name, body in functions(compiled[stem][0]).items():
+        # Between a store into the tile and the next, in the text.
+        assert max(len(re.findall(r"LDG\.E\.128", part)) for part in body.split("STS")) >= 4, name
+        assert store is None or len(re.findall(store, body)) == 1, name
+
+
+def test_conversions_of_the_chip_are_used(compiled):
+    """E2M1 from sm_100a on, E4M3 and E5M2 from sm_90 on; the same bytes are computed where they are missing."""
+    cubin = compiled["quantize_nvfp4"][0]
+    arch = int(re.search(r"-(\d+)a?-", cubin.name)[1])
+    for name, body in functions(cubin).items():
+        stochastic = "Li1E" in name
+        assert bool(re.search(r"F2FP\S*E2M1", body)) == (arch >= 100 and not stochastic), name
+    for name, body in functions(compiled["quantize_fp8"][0]).items():
+        assert bool(re.search(r"F2FP\S*E[45]M[32]", body)) == (arch >= 90), name
+
+
+@pytest.mark.parametrize("stem", ["amax", "quantize_nvfp4", "quantize_fp8", "dequantize"])
+def test_no_rounding_of_a_quantizer_is_left_to_the_compiler(stem):
+    """Every fp32 product and sum names its rounding, so that none is fused; only stochastic rounding's is, where the
+    product is exact."""
+    command = [nvcc_here(), "-std=c++17", "-O3", "-arch=compute_80", "-ptx", "-o", "-"]
+    source = host_build.ROOT / "csrc" / f"{stem}.cu"
+    ptx = subprocess.run(
+        [*command, f"-I{host_build.ROOT / 'csrc'}", str(source)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    entries = re.findall(r"\.entry (\w+)\((.*?)\n}", ptx, re.S)
+    assert len(entries) == INSTANCES[stem]
+    for name, body in entries:
+        assert re.findall(r"\b(?:add|sub|mul|mad)(?:\.ftz)?\.f32", body) == [], name
+        fused = len(re.findall(r"\bfma\.\S*f32", body))
+        assert fused == (16 if "Li1E" in name else 0), name
 
 
 def nvrtc() -> ctypes.CDLL | None:
@@ -109,6 +176,10 @@ def nvrtc() -> ctypes.CDLL | None:
     [
         mamba2.plan_ssd_update(1, 1, 1, 64, 128, "bf16", "f32", True),
         mamba2.plan_conv1d_update(1, 64, "f16", "bf16"),
+        quantize.plan_amax(64, 64, "bf16"),
+        quantize.plan_quantize_nvfp4(64, 64, "bf16", quantize.FOUR_OVER_SIX),
+        quantize.plan_quantize_fp8(64, 64, "f16", True),
+        quantize.plan_dequantize(64, 64, "bf16", "E4M3"),
     ],
     ids=lambda plan: plan.source,
 )
