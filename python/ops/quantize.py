@@ -191,6 +191,10 @@ class _Input:
         one_of(check, "axis", axis, AXES)
         self.shape, self.op = tuple(x.shape), op
         self.row, self.column = axis != "column", axis != "row"
+        self.mixed = (
+            False,
+            False,
+        )  # whether the row-wise and the column-wise copy are mixed over blocks of 16
         self.x = self._matrix("x", x)
         self.m, self.k = self.x.shape
         self.prologue = self._prologue(prologue, dims)
@@ -249,10 +253,15 @@ class _Input:
         half = len(results) // 2
         made = []
         if self.row:
-            made.append(make(self.shape, results[:half]))
+            made.append(make(self._logical(self.shape, self.mixed[0]), results[:half]))
         if self.column:
-            made.append(make((self.k, self.m), results[half:]))
+            made.append(make(self._logical((self.k, self.m), self.mixed[1]), results[half:]))
         return made[0] if len(made) == 1 else tuple(made)
+
+    @staticmethod
+    def _logical(shape: tuple[int, ...], mixed: bool) -> tuple[int, ...]:
+        """The shape of a copy. A last block that is mixed fills its padding too, so that belongs to it."""
+        return (*shape[:-1], round_up(shape[-1], 16)) if mixed else shape
 
 
 def one_of(check: Check, name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -291,7 +300,8 @@ def quantize_nvfp4(
             Element e of x (row-major, plus `offset`) takes byte e % 16 of Philox(seed; e // 16, stream), stream 0 in
             the row-wise copy, 1 in the column-wise one: the bits depend on nothing else.
         hadamard: (16,) signs s: blocks are multiplied with diag(s) H16 / 4 along the contraction before they are
-            quantized. With axis="both" only the column-wise copy is. Not for 16x16 blocks.
+            quantized. With axis="both" only the column-wise copy is. The copy's last size is then rounded up to 16: the
+            padding of the last block holds values too, without which a product would lose them. Not for 16x16 blocks.
         amax: the largest magnitude, after prologue and Hadamard, where it is known: fp32 (), for axis="row" also one a
             row (m), for "both" also one a copy (2). "row": every row gets a tensor scale of its own. None: found here.
         four_over_six: per block, map its largest element to 6 or to 4, whichever has the smaller absolute or squared
@@ -321,6 +331,8 @@ def quantize_nvfp4(
     check.require(not (four_over_six and random), "four_over_six needs rounding='nearest'")
     check.require(0 <= offset < 2**62, f"offset={offset} must lie in [0, 2^62)")
     check.tensor("hadamard", hadamard, "16", optional=True)
+    if hadamard is not None:
+        given.mixed = (not given.column, given.column)
     per_row, amax = _amax(given, amax, square)
     results = given.call(
         make_seed(check, seed, device) if random else None,

@@ -53,13 +53,14 @@ def test_each_product_has_the_operands_of_the_recipe_and_their_value(options, dt
     assert (y.dtype, dx.dtype, dw.dtype, db.dtype) == (dtype,) * 4
 
 
-def test_hadamard_matrices_of_the_two_operands_cancel():
-    """What dW is, is dy^T x: sums along the tokens, with the noise of 4 bits and not of a wrong rotation."""
+@pytest.mark.parametrize("tokens", [512, 45, 17, 5])
+def test_hadamard_matrices_of_the_two_operands_cancel(tokens):
+    """What dW is, is dy^T x: sums along the tokens, with the noise of 4 bits and not of a wrong or a cut rotation."""
     layer = NVFP4Linear.from_linear(nn.Linear(K, N))
-    x, dy = torch.randn(512, K) + 1, torch.randn(512, N) + 1
+    x, dy = torch.randn(tokens, K), torch.randn(tokens, N)
     *_, dw, _ = run(layer, x, dy)
     exact = dy.T @ x
-    assert (dw - exact).norm() < 0.05 * exact.norm()
+    assert (dw - exact).norm() < 0.25 * exact.norm()
 
 
 def test_gradients_are_unbiased_given_the_operands():
