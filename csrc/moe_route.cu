@@ -44,15 +44,18 @@ struct MoeRoute {
 struct RouteMemory {
     int* histogram;  // (e), later where the next choice of an expert goes (e+1)
     unsigned* bits;  // (e)
+    float* bias;     // (e) in whole multiples of 32 items; zeros without one
     Chosen* chosen;  // a warp each
     float* z;        // a warp each; likewise totals
     unsigned* rows;  // keys of experts and groups, a warp each
 
-    __device__ RouteMemory(float* memory, int experts) {
+    // columns: entries of a row, whole warps of them.
+    __device__ RouteMemory(float* memory, int experts, int columns) {
         const int warps = blockDim.x / 32, padded = (experts + 4) / 4 * 4;
         histogram = reinterpret_cast<int*>(memory);
         bits = reinterpret_cast<unsigned*>(memory) + padded;
-        chosen = reinterpret_cast<Chosen*>(memory + 2 * padded);
+        bias = memory + 2 * padded;
+        chosen = reinterpret_cast<Chosen*>(bias + columns);
         z = reinterpret_cast<float*>(chosen + warps);
         rows = reinterpret_cast<unsigned*>(z + 32);
     }
@@ -163,17 +166,21 @@ __device__ __forceinline__ float route(const MoeRoute& a, int token, const Route
             score.factor = found.inverse();
             z = found.log_sum() * found.log_sum();
         }
-        const float* bias = pass == 0 ? a.bias : nullptr;
         float total = 0.0f;
+        const auto rank = [&](const auto& rule) {
 #pragma unroll
-        for (int i = 0; i < row.items(); ++i) {
-            const int expert = i * 32 + lane;
-            float s = score(__uint_as_float(row[i]));
-            row[i] = 0;
-            if (expert >= a.experts) continue;
-            total += s;
-            row[i] = key_of(bias ? s + bias[expert] : s);
-        }
+            for (int i = 0; i < row.items(); ++i) {
+                const int expert = i * 32 + lane;
+                const float s = rule(__uint_as_float(row[i]));
+                const float bias = pass == 0 ? memory.bias[expert] : 0.0f;
+                total += s;  // 0 past the end, where the logit is -inf
+                row[i] = expert < a.experts ? key_of(s + bias) : 0;
+            }
+        };
+        if (a.softmax)
+            rank([&](float z) { return score.of_softmax(z); });
+        else
+            rank([](float z) { return sigmoid(z); });
         if constexpr (kItems == 0) {
             if (a.groups > 1) keep_groups(a, row, keys, keys + entries);
         }
@@ -202,10 +209,13 @@ __device__ __forceinline__ float route(const MoeRoute& a, int token, const Route
 
 template <int kItems>
 __global__ void __launch_bounds__(512, kItems == 32 ? 1 : 2) moe_route(const MoeRoute a) {
-    const RouteMemory memory(shared_memory(), a.experts);
+    const int columns = kItems ? kItems * 32 : (a.experts + 31) / 32 * 32;
+    const RouteMemory memory(shared_memory(), a.experts, columns);
     const int first = blockIdx.x * a.chunk, last = min(first + a.chunk, a.tokens);
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     for (int i = threadIdx.x; i < a.experts; i += blockDim.x) memory.histogram[i] = 0;
+    for (int i = threadIdx.x; i < columns; i += blockDim.x)
+        memory.bias[i] = a.bias && i < a.experts ? a.bias[i] : 0.0f;
     __syncthreads();
 
     float z = 0.0f;

@@ -1,8 +1,9 @@
 // The choices of all tokens in the order of their experts: a counting sort, stable by token.
 //
-// moe_count turns the histogram (chunks,e) of moe_route.cu into prefixes: entry (b,i) becomes how
-// many choices of expert i the chunks before b hold; it leaves the counts (e), and joins the
-// chunks' z_sums. moe_sort then places each chunk's choices: offsets (e+1), order (t k), -1 past
+// moe_histogram counts the choices of an expert in each chunk of tokens (chunks,e); moe_route.cu
+// does so while it chooses. moe_count turns that into prefixes: entry (b,i) becomes how many
+// choices of expert i the chunks before b hold; it leaves the counts (e), and joins the chunks'
+// z_sums. moe_sort then places each chunk's choices: offsets (e+1), order (t k), -1 past
 // offsets[e], and inverse (t k), -1 for a skipped choice. Every place is computed, none is grabbed,
 // so the result does not depend on when a block runs.
 #include "common/expert_order.cuh"
@@ -12,6 +13,25 @@ namespace tigon {
 constexpr int kColumns = 32;  // experts a block
 constexpr int kRuns = 16;     // threads that share a column
 constexpr int kRun = 16;      // chunks of a thread, in registers
+
+struct MoeHistogram {
+    const int* indices;  // (t,k)
+    int* histogram;
+    int tokens, experts, k, chunk;
+};
+
+__global__ void __launch_bounds__(256) moe_histogram(const MoeHistogram a) {
+    int* counts = reinterpret_cast<int*>(shared_memory());  // (e)
+    const int first = blockIdx.x * a.chunk, last = min(first + a.chunk, a.tokens);
+    for (int i = threadIdx.x; i < a.experts; i += blockDim.x) counts[i] = 0;
+    __syncthreads();
+    const int64 end = int64(last) * a.k;
+    for (int64 c = int64(first) * a.k + threadIdx.x; c < end; c += blockDim.x)
+        if (unsigned(a.indices[c]) < unsigned(a.experts)) atomicAdd(counts + a.indices[c], 1);
+    __syncthreads();
+    for (int i = threadIdx.x; i < a.experts; i += blockDim.x)
+        a.histogram[int64(blockIdx.x) * a.experts + i] = counts[i];
+}
 
 struct MoeCount {
     int* histogram;
@@ -93,7 +113,8 @@ __global__ void __launch_bounds__(256) moe_sort(const MoeSort a) {
 
 #ifndef __CUDACC_RTC__
 KernelTable moe_sort_kernels() {
-    return {table_row("tigon::moe_count", moe_count), table_row("tigon::moe_sort", moe_sort)};
+    return {table_row("tigon::moe_histogram", moe_histogram),
+            table_row("tigon::moe_count", moe_count), table_row("tigon::moe_sort", moe_sort)};
 }
 #endif
 

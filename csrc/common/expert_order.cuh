@@ -1,7 +1,8 @@
-// The choices c = token * k + j of t tokens in the order of their experts, by token within one.
+// The choices c = token * k + j of t tokens in the order of their experts, by c within one.
 //
-// A token chooses an expert at most once. So among 32 tokens the choices of an expert are bits of a
-// word, set in any order, and a choice's rank is the number of bits below its own.
+// A token chooses an expert at most once (choices of unknown origin count as tokens with k = 1). So
+// among 32 tokens the choices of an expert are bits of a word, set in any order, and a choice's
+// rank is the number of bits below its own.
 #pragma once
 
 #include "math.cuh"
@@ -35,29 +36,25 @@ __device__ __forceinline__ void offsets_of_experts(const int* counts, int expert
 __device__ __forceinline__ void place_choices(const int* indices, int* order, int* inverse,
                                               int first, int last, int k, int experts, int* base,
                                               unsigned* bits) {
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     for (int i = threadIdx.x; i < experts; i += blockDim.x) bits[i] = 0;
     __syncthreads();
+#pragma unroll 1
     for (; first < last; first += 32) {
-        const int tokens = min(last - first, 32);
-        for (int token = warp; token < tokens; token += warps) {
-            const int* chosen = indices + int64(first + token) * k;
-            for (int j = lane_of_warp(); j < k; j += 32)
-                if (unsigned(chosen[j]) < unsigned(experts))
-                    atomicOr(bits + chosen[j], 1u << token);
+        const int64 start = int64(first) * k;
+        const unsigned choices = min(last - first, 32) * k;
+        for (unsigned c = threadIdx.x; c < choices; c += blockDim.x) {
+            const int expert = indices[start + c];
+            if (unsigned(expert) < unsigned(experts)) atomicOr(bits + expert, 1u << c / k);
         }
         __syncthreads();
-        for (int token = warp; token < tokens; token += warps) {
-            const int64 row = int64(first + token) * k;
-            for (int j = lane_of_warp(); j < k; j += 32) {
-                const int expert = indices[row + j];
-                int place = -1;
-                if (unsigned(expert) < unsigned(experts)) {
-                    place = base[expert] + __popc(bits[expert] & ((1u << token) - 1));
-                    order[place] = int(row) + j;
-                }
-                inverse[row + j] = place;
+        for (unsigned c = threadIdx.x; c < choices; c += blockDim.x) {
+            const int expert = indices[start + c];
+            int place = -1;
+            if (unsigned(expert) < unsigned(experts)) {
+                place = base[expert] + __popc(bits[expert] & ((1u << c / k) - 1));
+                order[place] = int(start + c);
             }
+            inverse[start + c] = place;
         }
         __syncthreads();
         for (int i = threadIdx.x; i < experts; i += blockDim.x) {

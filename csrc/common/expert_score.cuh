@@ -30,18 +30,29 @@ __device__ __forceinline__ Exponents exponents(int items, const Logit& logit) {
     return row;
 }
 
+// 1 / (1 + e^-z), correctly divided. As a quotient of C++ it would branch at every score, and the
+// scores of a row would wait for one another.
 __device__ __forceinline__ float sigmoid(float z) {
-    return 1.0f / (1.0f + expf(-z));
+    const float below = 1.0f + expf(-z);
+#ifdef TIGON_HOST_BUILD
+    return 1.0f / below;
+#else
+    const float scale = below > 0x1p100f ? 0x1p-64f : 1.0f;  // both reciprocals are normal numbers
+    const float x = below * scale;
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    r = __fmaf_rn(__fmaf_rn(-x, r, 1.0f), r, r);
+    return x == INFINITY ? 0.0f : __fmul_rn(r, scale);
+#endif
 }
 
 struct Score {
     bool softmax;
     float shift, factor;  // of the softmax
 
-    __device__ float operator()(float z) const {
-        // Rounded here: a sum with the bias must not become one instruction with it.
-        return softmax ? __fmul_rn(expf(z - shift), factor) : sigmoid(z);
-    }
+    // Rounded before it is used: a sum with the bias must not become one instruction with it.
+    __device__ float of_softmax(float z) const { return __fmul_rn(expf(z - shift), factor); }
+    __device__ float operator()(float z) const { return softmax ? of_softmax(z) : sigmoid(z); }
 };
 
 }  // namespace tigon

@@ -22,7 +22,7 @@ __device__ __forceinline__ int lane_of_warp() {
 // A NaN counts as -inf, whose key is not 0 either.
 __device__ __forceinline__ unsigned key_of(float score) {
     const unsigned bits = __float_as_uint(score != score ? -INFINITY : score);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return bits ^ (static_cast<unsigned>(static_cast<int>(bits) >> 31) | 0x80000000u);
 }
 __device__ __forceinline__ float score_of(unsigned key) {
     return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);

@@ -21,7 +21,7 @@ from tigon.native.loader import (
     use_host_library,
 )
 from tigon.native.mamba2 import conv1d_update, ssd_update
-from tigon.native.moe import moe_route, moe_route_backward
+from tigon.native.moe import moe_route, moe_route_backward, moe_sort
 from tigon.native.quantize import dequantize, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 
 PLANS = mamba2.PLANS | quantize.PLANS | moe.PLANS
@@ -40,6 +40,7 @@ __all__ = [
     "load",
     "moe_route",
     "moe_route_backward",
+    "moe_sort",
     "plan",
     "quantize_fp8",
     "quantize_mxfp8",

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # struct MoeRoute in csrc/moe_route.cu: 13 pointers, a stride, 8 ints, 2 floats.
 MOE_ROUTE = struct.Struct("=13Qq8i2f")
-# struct MoeCount and MoeSort in csrc/moe_sort.cu.
+# struct MoeHistogram, MoeCount and MoeSort in csrc/moe_sort.cu.
+MOE_HISTOGRAM = struct.Struct("=2Q4i")
 MOE_COUNT = struct.Struct("=4Q2i")
 MOE_SORT = struct.Struct("=6Q4i")
 # struct MoeSums and MoeJoin in csrc/moe_sums.cu.
@@ -63,10 +64,16 @@ def plan_route(t: int, e: int, groups: int = 1) -> tuple[Launch, int]:
         row = _round_up(e, 32) + (_round_up(groups, 32) if groups > 1 else 0)
         warps = min(warps, max(1, ROW_WORDS // row))
     chunk = chunk_of(t, warps)
-    # struct RouteMemory: histogram, bits, choices, a word a warp, rows.
-    shared = 4 * (2 * _round_up(e + 1, 4) + 32 + warps * row) + warps * CHOSEN
+    # struct RouteMemory: histogram, bits, bias, choices, a word a warp, rows.
+    words = 2 * _round_up(e + 1, 4) + (32 * items or _round_up(e, 32)) + 32 + warps * row
+    shared = 4 * words + warps * CHOSEN
     grid = (ceil_div(t, chunk), 1)
     return Launch("moe_route.cu", f"tigon::moe_route<{items}>", grid, 32 * warps, shared), chunk
+
+
+def plan_histogram(chunks: int, e: int) -> Launch:
+    """The launch of ``moe_histogram``: a block a chunk of choices."""
+    return Launch("moe_sort.cu", "tigon::moe_histogram", (chunks, 1), 256, 4 * e)
 
 
 def plan_count(e: int) -> Launch:
@@ -115,11 +122,22 @@ def _explain_route(**sizes: int) -> dict[str, Launch]:
     return launches
 
 
+def _explain_sort(**sizes: int) -> dict[str, Launch]:
+    choices, e = sizes["t"] * sizes["k"], sizes["e"]
+    chunks = ceil_div(choices, chunk_of(choices, 8))
+    plans = {"moe_histogram": plan_histogram(chunks, e), "moe_count": plan_count(e)}
+    return plans | {"moe_sort": plan_sort(chunks, e)}
+
+
 def _explain_backward(**sizes: int) -> dict[str, Launch]:
     return {"moe_route_backward": plan_backward(sizes["t"], sizes["e"])}
 
 
-PLANS = {"moe_route": _explain_route, "moe_route_backward": _explain_backward}
+PLANS = {
+    "moe_route": _explain_route,
+    "moe_route_backward": _explain_backward,
+    "moe_sort": _explain_sort,
+}
 
 
 class _Sequences:
@@ -213,12 +231,9 @@ def moe_route(
     )
     run(launch, device, arguments)
     if not alone:
-        z_pointers = (z_sums.data_ptr(), z_sum.data_ptr()) if z_loss else (0, 0)
-        pointers = (histogram.data_ptr(), counts.data_ptr(), *z_pointers)
-        run(plan_count(e), device, MOE_COUNT.pack(*pointers, chunks, e))
+        losses = (z_sums.data_ptr(), z_sum.data_ptr()) if z_loss else (0, 0)
         places = (indices, histogram, counts, offsets, order, inverse)
-        arguments = MOE_SORT.pack(*(p.data_ptr() for p in places), t, e, top_k, chunk)
-        run(plan_sort(chunks, e), device, arguments)
+        _sort(places, losses, t, e, top_k, chunk)
     if sums:
         parts = (chunks + sequences.count, e)
         part_sums, part_counts = made(*parts, dtype=float32), made(*parts)
@@ -241,6 +256,38 @@ def moe_route(
         run(plan_join(sequences.count, e), device, MOE_JOIN.pack(*pointers, *sizes, 0))
     results = (indices, weights, scores, counts, offsets, order, inverse)
     return (*results, score_sums, aux_counts, z_sum)
+
+
+def _sort(places: tuple[Tensor, ...], losses: tuple[int, int], t: int, e: int, k: int, chunk: int):
+    """From the indices and the chunks' histogram to counts, offsets, order and inverse. losses: the chunks' sums and
+    where theirs goes."""
+    indices, histogram, counts, *_ = places
+    chunks = histogram.shape[0]
+    arguments = MOE_COUNT.pack(histogram.data_ptr(), counts.data_ptr(), *losses, chunks, e)
+    run(plan_count(e), indices.device, arguments)
+    arguments = MOE_SORT.pack(*(p.data_ptr() for p in places), t, e, k, chunk)
+    run(plan_sort(chunks, e), indices.device, arguments)
+
+
+def moe_sort(indices: Tensor, e: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(counts (e), offsets (e+1), order (tk), inverse (tk)), as the reference says it. indices (t,k) int32, any
+    numbers; e up to 4,096. Raises as moe_route."""
+    import torch
+
+    choices, device = indices.numel(), indices.device
+    if choices > LONGEST:
+        raise ValueError(f"moe_sort: {choices} choices are over {LONGEST}")
+    results = [allocate((n,), torch.int32, device) for n in (e, e + 1, choices, choices)]
+    if not choices:
+        return tuple(v.zero_() for v in results)
+    # A token might name an expert twice here: each choice is a token of its own.
+    indices = indices.contiguous()
+    chunk = chunk_of(choices, 8)
+    histogram = allocate((ceil_div(choices, chunk), e), torch.int32, device)
+    arguments = MOE_HISTOGRAM.pack(indices.data_ptr(), histogram.data_ptr(), choices, e, 1, chunk)
+    run(plan_histogram(histogram.shape[0], e), device, arguments)
+    _sort((indices, histogram, *results), (0, 0), choices, e, 1, chunk)
+    return tuple(results)
 
 
 def moe_route_backward(

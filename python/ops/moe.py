@@ -190,7 +190,9 @@ def moe_route(
         cu_seqlens if aux == "sequence" else None,
         mask,
     )
-    out = call("moe_route", logits, args, {"t": t, "e": e, "k": top_k, "itemsize": 4})
+    sequences = 0 if aux is None else 1 if aux == "batch" else cu_seqlens.shape[0] - 1
+    sizes = {"t": t, "e": e, "k": top_k, "groups": groups, "sequences": sequences}
+    out = call("moe_route", logits, args, sizes | {"itemsize": logits.element_size()})
     indices, weights, _, counts, offsets, order, inverse, score_sums, aux_counts, z_sum = out
     return Routing(
         *(indices, weights, counts, offsets, order, inverse),

@@ -28,6 +28,7 @@ FORMAT = {"int64": "q", "int": "i", "float": "f"}
         ("quantize_fp8.cu", "QuantizeFp8", quantize.QUANTIZE_FP8),
         ("dequantize.cu", "Dequantize", quantize.DEQUANTIZE),
         ("moe_route.cu", "MoeRoute", moe.MOE_ROUTE),
+        ("moe_sort.cu", "MoeHistogram", moe.MOE_HISTOGRAM),
         ("moe_sort.cu", "MoeCount", moe.MOE_COUNT),
         ("moe_sort.cu", "MoeSort", moe.MOE_SORT),
         ("moe_sums.cu", "MoeSums", moe.MOE_SUMS),
@@ -107,6 +108,24 @@ def test_explain_shows_the_launch_of_both_ops(arch):
     x, window = torch.empty(4, 2, 96), torch.empty(5, 96, 3)
     told = tigon.explain("causal_conv1d_update", x, window, torch.empty(96, 4), arch=arch)
     assert told.launch == {"conv1d_update": mamba2.plan_conv1d_update(4, 96, "f32", "f32")}
+
+
+def test_explain_shows_the_launches_of_the_quantizers():
+    """A pass for the amax where it is not known, then the instance that the options take."""
+    x = torch.empty(300, 512, dtype=torch.bfloat16)
+    told = tigon.explain("quantize_nvfp4", x, rounding="stochastic", seed=1, axis="both", arch=90)
+    wanted = quantize.plan_quantize_nvfp4(300, 512, "bf16", 1, False, True)
+    assert told.launch == {"amax": quantize.plan_amax(300, 512, "bf16"), "quantize_nvfp4": wanted}
+    told = tigon.explain("quantize_nvfp4", x, four_over_six="mae", amax=torch.ones(()), arch=90)
+    assert told.launch == {"quantize_nvfp4": quantize.plan_quantize_nvfp4(300, 512, "bf16", 2)}
+    for granularity, passes in (("tensor", 2), ("row", 2), ("1x128", 1), ("128x128", 1)):
+        told = tigon.explain("quantize_fp8", x, granularity=granularity, arch=90)
+        assert len(told.launch) == passes
+        assert told.launch["quantize_fp8"] == quantize.plan_quantize_fp8(300, 512, "bf16", False)
+    e5m2 = tigon.explain("quantize_mxfp8", x, dtype=torch.float8_e5m2, arch=90)
+    assert e5m2.launch == {"quantize_fp8": quantize.plan_quantize_fp8(300, 512, "bf16", True)}
+    told = tigon.explain("dequantize", tigon.quantize_nvfp4(x), arch=90)
+    assert told.launch == {"dequantize": quantize.plan_dequantize(300, 512, "f32", "Nvfp4")}
 
 
 def test_host_library_refuses_unknown_kernels_and_sizes(host_library):
@@ -257,6 +276,7 @@ def test_extension_of_this_build_has_every_kernel_that_is_planned():
     for items in (0, *moe.ITEMS):
         assert sizes.pop(moe.plan_route(1, 32 * items or 4096)[0].kernel) == moe.MOE_ROUTE.size
     for plan, packed in (
+        (moe.plan_histogram(1, 1), moe.MOE_HISTOGRAM),
         (moe.plan_count(1), moe.MOE_COUNT),
         (moe.plan_sort(1, 1), moe.MOE_SORT),
         (moe.plan_sums(1, 1), moe.MOE_SUMS),

@@ -65,7 +65,7 @@ def expected(name: str, arguments: dict) -> tuple[torch.Tensor, ...]:
 
 
 @contextmanager
-def poisoned_outputs(know):
+def poisoned_outputs(know, launchers=launchers):
     """Outputs of the launchers lie in guarded memory and begin as poison; yields what was allocated."""
     made = []
 
