@@ -109,30 +109,36 @@ def lanes_of(k: int) -> int:
     return min(THREADS, 1 << (ceil_div(k, PIECE) - 1).bit_length())
 
 
-def _explain_nvfp4(**sizes: int) -> dict[str, Launch]:
-    m, k, io = sizes["m"], sizes["k"], "f32" if sizes["itemsize"] == 4 else "bf16"
-    rounding = FOUR_OVER_SIX if sizes.get("four_over_six") else sizes.get("stochastic", 0)
-    column = bool(sizes.get("column"))
-    plan = plan_quantize_nvfp4(m, k, io, rounding, bool(sizes.get("square")), column)
+def _io(sizes: dict) -> str:
+    """Two bytes an element are shown as bf16, whose launch fp16 shares."""
+    return "f32" if sizes["itemsize"] == 4 else "bf16"
+
+
+def _explain_nvfp4(**sizes) -> dict[str, Launch]:
+    m, k, io = sizes["m"], sizes["k"], _io(sizes)
+    kind = ROUNDINGS.get(sizes.get("rounding", "nearest"), FOUR_OVER_SIX)
+    plan = plan_quantize_nvfp4(
+        m, k, io, kind, sizes.get("square", False), sizes.get("column", False)
+    )
     known = {} if sizes.get("static") else {"amax": plan_amax(m, k, io)}
     return known | {"quantize_nvfp4": plan}
 
 
-def _explain_fp8(**sizes: int) -> dict[str, Launch]:
-    m, k, io = sizes["m"], sizes["k"], "f32" if sizes["itemsize"] == 4 else "bf16"
-    plan = plan_quantize_fp8(m, k, io, bool(sizes.get("e5m2")))
-    blocked = sizes.get("static") or sizes.get("blocked")
-    return ({} if blocked else {"amax": plan_amax(m, k, io)}) | {"quantize_fp8": plan}
+def _explain_fp8(**sizes) -> dict[str, Launch]:
+    m, k, io = sizes["m"], sizes["k"], _io(sizes)
+    first = not sizes.get("static") and sizes.get("granularity", "tensor") in ("tensor", "row")
+    plan = plan_quantize_fp8(m, k, io, sizes.get("e5m2", False))
+    return ({"amax": plan_amax(m, k, io)} if first else {}) | {"quantize_fp8": plan}
 
 
-def _explain_mxfp8(**sizes: int) -> dict[str, Launch]:
-    return _explain_fp8(**sizes, blocked=1)
+def _explain_mxfp8(**sizes) -> dict[str, Launch]:
+    return _explain_fp8(**sizes, granularity="mx")
 
 
-def _explain_dequantize(**sizes: int) -> dict[str, Launch]:
-    out = "f32" if sizes["itemsize"] == 4 else "bf16"
-    codes = FP8[bool(sizes.get("e5m2"))] if sizes.get("fp8") else "Nvfp4"
-    return {"dequantize": plan_dequantize(sizes["m"], sizes["k"], out, codes)}
+def _explain_dequantize(**sizes) -> dict[str, Launch]:
+    """An E5M2 launch is that of E4M3 with another name."""
+    codes = "Nvfp4" if sizes.get("format", "nvfp4") == "nvfp4" else "E4M3"
+    return {"dequantize": plan_dequantize(sizes["m"], sizes["k"], _io(sizes), codes)}
 
 
 PLANS = {

@@ -243,9 +243,10 @@ class _Input:
         rstd = torch.ops.tigon.rms_statistics(self.x, z, weight, float(eps), size, last)
         return z, weight, rstd, kind
 
-    def call(self, *options):
+    def call(self, *options, **told):
+        """The registered op; `told`: what `explain` must know beside the sizes."""
         sizes = {"m": self.m, "k": self.k, "itemsize": self.x.element_size()}
-        sizes |= {"row": self.row, "column": self.column}
+        sizes |= {"row": self.row, "column": self.column} | told
         return call(self.op, self.x, (self.x, *self.prologue, *options), sizes)
 
     def pair(self, make, results: tuple[Tensor, ...]):
@@ -346,6 +347,9 @@ def quantize_nvfp4(
         given.row,
         given.column,
         scale_layout == "128x4",
+        rounding=four_over_six or rounding,
+        square=square,
+        static=amax is not None,
     )
 
     def make(shape, tensors):
@@ -428,7 +432,7 @@ def quantize_mxfp8(
     given = _Input("quantize_mxfp8", x, axis, prologue)
     one_of(given.check, "scale_layout", scale_layout, LAYOUTS)
     e5m2 = _fp8_dtype(given.check, dtype)
-    results = given.call(e5m2, given.row, given.column, scale_layout == "128x4")
+    results = given.call(e5m2, given.row, given.column, scale_layout == "128x4", e5m2=e5m2)
 
     def make(shape, tensors):
         codes, scale = tensors
@@ -472,7 +476,10 @@ def quantize_fp8(
     if amax is not None:
         given.check.require(granularity == "tensor", "amax is for granularity='tensor'")
         given.check.tensor("amax", amax, "", dtypes=(torch.float32,))
-    results = given.call(amax, granularity, e5m2, power_of_two, given.row, given.column)
+    results = given.call(
+        amax, granularity, e5m2, power_of_two, given.row, given.column,
+        granularity=granularity, e5m2=e5m2, static=amax is not None,
+    )  # fmt: skip
 
     def make(shape, tensors):
         codes, scale = tensors
