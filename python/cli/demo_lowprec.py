@@ -17,7 +17,7 @@ from tigon.modules.recipe import Recipe
 
 STEPS = 120
 HELD_OUT = 16_384  # bytes that bits per byte are measured on
-# The published recipe keeps its last layers, 15 %, in high precision; of four layers that would be one, so here none.
+# The published recipe keeps its last layers, 15 %, in high precision; here, with a handful of layers, none.
 TRAINING = Recipe.preset("nemotron-3-super-train").replace(keep_last=0)
 
 
