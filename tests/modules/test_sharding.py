@@ -1,11 +1,11 @@
-"""FSDP2 with mixed precision on one process: A_log, D and dt_bias enter the scan as they are stored."""
+"""FSDP2 with mixed precision on one process: what must stay fp32 enters scan and router as it is stored."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from tigon.models import PRESETS, HybridLM
-from tigon.modules import Mamba2, fully_shard
+from tigon.modules import Experts, Mamba2, Router, fully_shard
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 
@@ -47,3 +47,32 @@ def test_decay_rates_stay_fp32_while_matrices_train_in_bf16(mesh):
         assert p.dtype == torch.float32, name
         error = (grad - q.grad).norm() / q.grad.norm()
         assert error < 0.1, f"{name}: {error}"
+
+
+def test_routers_stay_fp32_while_experts_train_in_bf16(mesh):
+    torch.manual_seed(0)
+    config = PRESETS["tiny"].replace(pattern="EE", vocab_size=50, hidden_size=64)
+    model = HybridLM(config.replace(n_routed_experts=6, moe_latent_size=32))
+    exact = [m.e_score_correction_bias.normal_().clone() for m in routers(model)]
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model.backbone.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_pre_hook(lambda m, _: seen.append(m.weight.dtype))
+            module.register_forward_hook(lambda m, _, out: seen.append(out.dtype))
+        if isinstance(module, Experts):
+            module.register_forward_pre_hook(lambda m, _: seen.append(m.up_proj.dtype))
+    ids = torch.randint(0, 50, (2, 40))
+    loss, routings = model(ids[:, :-1], labels=ids[:, 1:], return_routing=True)
+    loss.backward()
+    assert seen == [torch.float32, torch.float32, torch.bfloat16] * 2
+    assert all(p.grad.full_tensor().any() for p in model.parameters())
+    assert all(torch.equal(m.e_score_correction_bias, b) for m, b in zip(routers(model), exact))
+    model.update_bias(torch.stack([r.counts for r in routings]))
+
+
+def routers(model):
+    return [m for m in model.modules() if isinstance(m, Router)]
