@@ -10,8 +10,10 @@ from route_cases import (
     bounds,
     check_backward,
     check_route,
+    check_sort,
     launched,
     masked,
+    odd,
     route_arguments,
     route_case,
     spread,
@@ -71,24 +73,6 @@ def test_groups_that_tie_go_to_the_lower_index(kernels, groups, top, levels):
 def test_as_many_groups_as_the_largest_row_has_experts(kernels):
     case = route_arguments(3, 4096, 40, groups=4096, top_groups=1000, score="softmax")
     check_route(moved(case, kernels), exact=True)
-
-
-def odd(e: int = 70) -> torch.Tensor:
-    """Rows that are infinite here and there, or altogether, NaN, far below zero, far above, or denormal as scores."""
-    z = spread(14, e)
-    z[1, 3] = NAN
-    z[2, :] = NAN
-    z[3, 5], z[3, 6], z[3, 7] = INF, INF, -INF
-    z[4, :] = -INF
-    z[5, :] = INF
-    z[6, 2:] = -INF
-    z[7] = z[7] - 90  # sigmoids of fp32's smallest numbers
-    z[8] = z[8] * 1e30
-    z[9, 0], z[9, 1] = NAN, INF
-    z[10] = z[10] - 1000
-    z[11] = z[11] + 1000
-    z[12, 0::2] = NAN
-    return z
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
@@ -169,9 +153,7 @@ def test_choices_made_elsewhere_are_sorted(kernels, size):
     """Any numbers: the same expert twice for a token, and indices that are none."""
     t, k, e = size
     indices = guarded(torch.randint(-2, e + 2, (t, k), dtype=torch.int32))
-    got = launched("moe_sort", moved(dict(indices=indices, e=e), kernels))
-    for a, b in zip(got, reference.moe_sort(indices, e), strict=True):
-        assert torch.equal(a.cpu(), b)
+    check_sort(moved(dict(indices=indices, e=e), kernels))
 
 
 @pytest.mark.parametrize("chunks", [1, 31, 257, 1024])

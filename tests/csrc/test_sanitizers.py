@@ -4,6 +4,8 @@ And the proof that a report would come: a kernel with a missing barrier and one 
 """
 
 import struct
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import host_build
@@ -13,10 +15,20 @@ from decode_cases import conv1d_check, conv1d_plain, moved, ssd_check, ssd_plain
 from quantize_cases import check as check_quantized
 from quantize_cases import nvfp4, signs
 from quantize_cases import source as quantizer_source
+from route_cases import (
+    backward_case,
+    bounds,
+    check_backward,
+    check_route,
+    check_sort,
+    masked,
+    odd,
+    route_arguments,
+)
 from sanitized import Sanitized, SanitizerError, pointer_places
 
 from tigon import native
-from tigon.native import quantize
+from tigon.native import moe, quantize
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 ALL = dict(D="hp", z=True, bias=True, ragged=True, slots="padded", layout="sliced")
@@ -110,6 +122,63 @@ def test_quantizers_are_clean(sanitizer, case, tmp_path):
         check_quantized(name, arguments, loader.know)
     finally:
         native.use_host_library(None)
+
+
+ROUTE = [
+    route_arguments(6, 40, 22, bias=torch.randn(40), sums=True, z_loss=True, mask=masked(6)),
+    route_arguments(2, 200, 64, logits=torch.zeros(2, 200), score="softmax"),
+    route_arguments(3, 48, 5, groups=6, top_groups=2, sums=True, cu_seqlens=bounds("int64", 3)),
+    route_arguments(5, 70, 6, logits=odd()[:5], groups=35, top_groups=9, z_loss=True),
+]
+CHUNKED = [
+    route_arguments(35, 9, 3, sums=True, z_loss=True, cu_seqlens=bounds("int32", 35)),
+    route_arguments(35, 6, 2, groups=3, mask=masked(35)),
+]
+
+
+@contextmanager
+def routing(sanitizer, arguments, folder):
+    """The programs with the sanitizer behind the launchers; yields what must be told of each output."""
+    packed = {k.lower(): v for k, v in vars(moe).items() if isinstance(v, struct.Struct)}
+    places = {name: pointer_places(value) for name, value in packed.items()}
+    loader = Sanitized(sanitizer, tensors(arguments), 0, places, folder)
+    native.use_host_library(loader)
+    try:
+        yield loader.know
+    finally:
+        native.use_host_library(None)
+
+
+@pytest.mark.parametrize("case", range(len(ROUTE)))
+def test_moe_route_is_clean(sanitizer, case, tmp_path):
+    with routing(sanitizer, ROUTE[case], tmp_path) as know:
+        check_route(ROUTE[case], know, exact=case == 3)
+
+
+@pytest.mark.parametrize("case", range(len(CHUNKED)))
+def test_moe_route_in_chunks_is_clean(sanitizer, case, tmp_path, monkeypatch):
+    """Two warps a block and 32 tokens a chunk."""
+    plan = moe.plan_route
+
+    def narrow(t, e, groups):
+        return replace(plan(t, e, groups)[0], block=64, grid=(-(-t // 32), 1)), 32
+
+    monkeypatch.setattr(moe, "plan_route", narrow)
+    with routing(sanitizer, CHUNKED[case], tmp_path) as know:
+        check_route(CHUNKED[case], know)
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_moe_route_backward_is_clean(sanitizer, score, tmp_path):
+    arguments = backward_case(5, 70, 22, score, False, "sums z", "int32", True, "sliced", 2.0)
+    with routing(sanitizer, arguments, tmp_path) as know:
+        check_backward(arguments, know)
+
+
+def test_moe_sort_is_clean(sanitizer, tmp_path):
+    arguments = dict(indices=torch.randint(-1, 8, (40, 3), dtype=torch.int32), e=7)
+    with routing(sanitizer, arguments, tmp_path) as know:
+        check_sort(arguments, know)
 
 
 def reverse(kind: str, folder: Path, barrier: int = 1, extra: int = 0) -> torch.Tensor:

@@ -16,6 +16,7 @@ from tigon.reference import moe as reference
 NAMES = (
     "indices", "weights", "scores", "counts", "offsets", "order", "inverse", "score_sums", "aux_counts", "z_sum",
 )  # fmt: skip
+INF = float("inf")
 ROUNDING = 4e-7  # of a score plus a bias of its size
 
 
@@ -23,6 +24,24 @@ def spread(t: int, e: int) -> torch.Tensor:
     """(t,e) logits from -5 to 5, each row in an order of its own."""
     levels = torch.linspace(-5, 5, e)
     return torch.stack([levels[torch.randperm(e)] for _ in range(t)]) if t else torch.empty(0, e)
+
+
+def odd(e: int = 70) -> torch.Tensor:
+    """Rows that are infinite here and there, or altogether, NaN, far below zero, far above, or denormal as scores."""
+    z = spread(14, e)
+    z[1, 3] = float("nan")
+    z[2, :] = float("nan")
+    z[3, 5], z[3, 6], z[3, 7] = INF, INF, -INF
+    z[4, :] = -INF
+    z[5, :] = INF
+    z[6, 2:] = -INF
+    z[7] = z[7] - 90  # sigmoids of fp32's smallest numbers
+    z[8] = z[8] * 1e30
+    z[9, 0], z[9, 1] = float("nan"), INF
+    z[10] = z[10] - 1000
+    z[11] = z[11] + 1000
+    z[12, 0::2] = float("nan")
+    return z
 
 
 def bounds(kind: str | None, t: int) -> torch.Tensor | None:
@@ -164,3 +183,9 @@ def check_backward(arguments: dict, know=lambda *_: None) -> torch.Tensor:
     if mask is not None:
         assert not got[~mask.cpu()].any()
     return got
+
+
+def check_sort(arguments: dict, know=lambda *_: None) -> None:
+    got = launched("moe_sort", arguments, know)
+    for a, b in zip(got, reference.moe_sort(**on_cpu(arguments)), strict=True):
+        assert torch.equal(a.cpu(), b)

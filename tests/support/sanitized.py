@@ -34,7 +34,7 @@ class Sanitized:
 
     tensors: all that the kernel may reach, by their whole storages; more may come with `know`. A pointer into none
     of them is the output that the launcher allocated, of `output_bytes`. pointers: how many pointers the arguments
-    begin with, or their places (a launcher of several kernels: by the size of their arguments).
+    begin with, or their places (a launcher of several kernels: by the size of their arguments, or by kernel).
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Sanitized:
         program: Path,
         tensors: list[Tensor],
         output_bytes: int,
-        pointers: int | dict[int, list[int]],
+        pointers: int | dict[int | str, list[int]],
         folder: Path,
     ):
         self.program, self.pointers, self.folder = program, pointers, folder
@@ -55,15 +55,16 @@ class Sanitized:
         found = ((storage.data_ptr(), storage.nbytes()) for storage in storages)
         self.buffers = list(dict.fromkeys([*self.buffers, *found]))
 
-    def places(self, arguments: bytes) -> list[int]:
+    def places(self, kernel: str, arguments: bytes) -> list[int]:
         """Where pointers lie in the arguments."""
         if isinstance(self.pointers, dict):
-            return self.pointers[len(arguments)]
+            name = kernel.split("<")[0].removeprefix("tigon::")
+            return self.pointers[name if name in self.pointers else len(arguments)]
         return [index * POINTER for index in range(self.pointers)]
 
     def launch(self, launch: Launch, device: int, stream: int, arguments: bytes) -> None:
         links = []
-        for place in self.places(arguments):
+        for place in self.places(launch.kernel, arguments):
             (address,) = struct.unpack_from("P", arguments, place)
             if address:
                 links.append((place, *self.locate(address)))
