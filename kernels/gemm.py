@@ -50,7 +50,7 @@ class _Operand:
     def pointers(self):
         return self.codes, self.scale, self.outer
 
-    def fits_tma(self) -> bool:
+    def is_aligned(self) -> bool:
         """Rows of codes, and tiles of scales, start on 16 bytes."""
         size = self.codes.element_size()
         starts = [self.codes, self.scale] if self.swizzled else [self.codes]
@@ -112,14 +112,14 @@ def scaled_mm(
         out = torch.empty(m, n, dtype=out_dtype, device=a.device)
     if not (m and n):
         return out
+    one = _Operand(a, a_scale, a_tensor_scale, a_format, a_swizzled)
+    other = _Operand(b, b_scale, b_tensor_scale, b_format, b_swizzled)
     arch, sms = target(a.device)
     configs = plan(
         "scaled_mm", arch, m=m, n=n, k=k, itemsize=a.element_size(), a_format=a_format, b_format=b_format,
-        batch_invariant=batch_invariant, sms=sms,
+        batch_invariant=batch_invariant, sms=sms, aligned=one.is_aligned() and other.is_aligned(),
     )  # fmt: skip
     config = configs["multiply"]
-    one = _Operand(a, a_scale, a_tensor_scale, a_format, a_swizzled)
-    other = _Operand(b, b_scale, b_tensor_scale, b_format, b_swizzled)
     left, right = (other, one) if config.swap else (one, other)
     element = _element(config, left, right)
     if element is not None and (arch < 90 or INTERPRETED):
@@ -128,8 +128,7 @@ def scaled_mm(
     if element is not None:
         folded = FOLD.value ** ((left.format == "nvfp4") + (right.format == "nvfp4"))
     partial = "add_splits" in configs
-    tma = config.tma and left.fits_tma() and right.fits_tma()
-    if tma and a.is_cuda:
+    if config.tma and a.is_cuda:
         ensure_scratch()
     given = (
         torch.empty(config.splits, m, n, dtype=torch.float32, device=a.device) if partial else out
@@ -142,7 +141,7 @@ def scaled_mm(
         LEFT_FORMAT=left.format, LEFT_E5M2=left.e5m2, LEFT_GRANULE=left.granule, LEFT_SWIZZLED=left.swizzled,
         RIGHT_FORMAT=right.format, RIGHT_E5M2=right.e5m2, RIGHT_GRANULE=right.granule, RIGHT_SWIZZLED=right.swizzled,
         DTYPE=element, SCALED=config.scaled, PROMOTE=config.promote, PRECISION=config.precision,
-        WHOLE=k % config.block_k == 0, QUADS=config.quads, TMA=tma, WALK=config.walk, PARTIAL=partial,
+        WHOLE=k % config.block_k == 0, QUADS=config.quads, TMA=config.tma, WALK=config.walk, PARTIAL=partial,
         FOLDED=folded, SWAPPED=config.swap, RELU2=relu2, ACCUMULATE=accumulate,
         LEFT=config.left, RIGHT=config.right, BLOCK_K=config.block_k, BAND=config.band, UPCAST=INTERPRETED,
         num_warps=config.warps, num_stages=config.stages,

@@ -72,6 +72,7 @@ GEMMS = [
     ("fp8 block grad", scaled_mm("fp8-1x128", "fp8-1x128", FULL, OUT_PROJ, grad=True), HOPPER_FP8),
     ("w4a16", scaled_mm("plain", "nvfp4", FULL, SHARED, relu2=True), {}),
     ("w4a16 m8", scaled_mm("plain", "nvfp4", FEW, SHARED, relu2=True, bias=True), {}),
+    ("w4a16 m64", scaled_mm("plain", "nvfp4", 64, EXPERT), {}),
     ("w4a16 tails", scaled_mm("plain", "nvfp4", 77, (333, 1001)), {}),
     ("w4a16 invariant", scaled_mm("plain", "nvfp4", FULL, EXPERT, invariant=True), {}),
     ("w4a8 row", scaled_mm("fp8-row", "nvfp4", FULL, SHARED), {}),
