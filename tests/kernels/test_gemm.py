@@ -141,6 +141,25 @@ def test_products_match_the_oracle(case, device, small_tiles, monkeypatch):
     check(got, a, b, k, bias, case["relu2"], before)
 
 
+@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.parametrize("k", [288, 992])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp8"])
+def test_whole_tiles_of_swizzled_scales_reach_their_rows(format, k, tma, device, monkeypatch):
+    """Tiles of 128 rows take scales 512 bytes at a time; rows and k end inside such a piece."""
+    scaled_products(monkeypatch)
+
+    def planned(*args, **sizes):
+        config = plan(*args, **sizes)["multiply"]
+        assert config.tma and config.scaled
+        return {"multiply": replace(config, left=128, right=128, block_k=256, tma=tma)}
+
+    monkeypatch.setattr(gemm, "plan", planned)
+    a, b = operands((format, format), (200, 140, k), torch.bfloat16, device, swizzled=True)
+    with assume(100):
+        got = gemm.scaled_mm(*a, *b, k, None, False, torch.float32, None, False)
+    check(got, a, b, k, None, False)
+
+
 @pytest.mark.parametrize("formats", COMBINATIONS, ids="-".join)
 def test_k_is_split_and_summed_in_order(formats, device, small_tiles, monkeypatch):
     """Few rows and a long k: several segments, a sum kernel, the same bits every time."""
