@@ -15,6 +15,7 @@ from tigon.models import HybridLM
 BATCH, LENGTH = 2, 256
 PEAK, WARMUP = 4e-3, 0.05
 WEIGHT_DECAY = 0.1
+BALANCE = 1e-3  # rate of the routers' biases, as published for Nemotron 3
 
 
 @dataclass
@@ -72,11 +73,13 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress)
         ids = _windows(text, generator)
-        loss = model(ids[:, :-1], labels=ids[:, 1:])
+        loss, routings = model(ids[:, :-1], labels=ids[:, 1:], return_routing=True)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if routings:
+            model.update_bias(torch.stack([r.counts for r in routings]), BALANCE)
         history.nats.append(loss.item())
         report(progress, history.nats[-1])
     history.seconds = time.perf_counter() - start

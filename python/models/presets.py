@@ -1,8 +1,7 @@
 """Published sizes, by name, and `tiny` for the demo.
 
 Sources: NVIDIA-NeMo/Megatron-Bridge and the technical reports of Nemotron-H (arXiv 2504.03624), Nemotron Nano 2
-(2508.14444), Nemotron 3 Nano (2512.20848) and Super (2604.12374).
-Those with E layers are listed; building one raises until LatentMoE exists.
+(2508.14444), Nemotron 3 Nano (2512.20848) and Super (2604.12374). Multi-token prediction is not part of them.
 """
 
 from tigon.models.config import HybridConfig
@@ -104,7 +103,7 @@ PRESETS: dict[str, HybridConfig] = {
     ),
     # A whole hybrid that learns from bytes within a minute and a half on two CPU cores.
     "tiny": HybridConfig(
-        pattern="MM*-",
+        pattern="MEM*E",
         vocab_size=256,
         hidden_size=128,
         num_attention_heads=4,
@@ -115,6 +114,12 @@ PRESETS: dict[str, HybridConfig] = {
         mamba_head_dim=32,
         ssm_state_size=32,
         n_groups=1,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        moe_latent_size=64,
+        moe_shared_expert_intermediate_size=192,
+        initializer_range=0.06,
         tie_word_embeddings=False,
         pad_token_id=None,
         bos_token_id=None,

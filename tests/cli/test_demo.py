@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tigon.cli import demo_run, demo_text, demo_train, main
+from tigon.cli import demo_experts, demo_run, demo_text, demo_train, main
 from tigon.models import HybridLM
 
 FEW = ["demo", "--steps", "2", "--prompt", "A class"]
@@ -34,6 +34,7 @@ def test_demo_trains_saves_compares_and_checks_the_decode_path(short, tmp_path, 
         "fp32 training",
         "nvfp4 training",
         "weights in nvfp4",
+        "expert load",
     ):
         assert part in out
     assert (tmp_path / "loss.png").stat().st_size > 1000
@@ -101,3 +102,33 @@ def test_training_by_steps_is_reproducible_and_lowers_the_loss(monkeypatch):
     assert losses[0][-1] < 0.7 * losses[0][0]
     boxed = demo_train.train(HybridLM("tiny"), text, seconds=0.5)
     assert len(boxed.nats) >= 1 and boxed.seconds < 30
+
+
+@torch.no_grad()
+def test_expert_load_is_the_share_of_choices_of_every_layer(capsys):
+    model, text = HybridLM("tiny"), torch.randint(0, 256, (3000,))
+    load = demo_experts.expert_load(model, text)
+    layers, experts = model.config.pattern.count("E"), model.config.n_routed_experts
+    assert load.shape == (layers, experts)
+    torch.testing.assert_close(load.sum(1), torch.ones(layers))
+    demo_experts.print_load(model, load)
+    out = capsys.readouterr().out
+    assert out.count("times the mean") == layers and f"{100 * load[0, 3]:5.1f}" in out
+    for layer in model.backbone.layers:
+        if hasattr(layer.mixer, "gate"):
+            layer.mixer.gate.e_score_correction_bias[5] = 9.0
+    assert (demo_experts.expert_load(model, text)[:, 5] - 0.5).abs().max() < 1e-6
+
+
+@torch.no_grad()
+def test_logits_that_differ_by_a_tie_of_experts_are_compared_in_fp64(monkeypatch, capsys):
+    model, ids = HybridLM("tiny"), torch.randint(0, 256, (40,))
+    decoded = demo_run._decode(model, ids, 30)
+    torch.testing.assert_close(decoded, model(ids[None])[0, 29:-1], rtol=0, atol=1e-4)
+    other = decoded.clone()
+    other[3:] += 0.1  # as if a choice had gone the other way
+    assert demo_run._agreement(model, ids, other) < 1e-9
+    assert "a tie of two experts" in capsys.readouterr().out
+    real = demo_run._decode
+    monkeypatch.setattr(demo_run, "_decode", lambda *args: real(*args) + 1e-3)
+    assert demo_run._agreement(model, ids, other) > 0.09
