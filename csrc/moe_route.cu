@@ -61,6 +61,22 @@ struct RouteMemory {
     }
 };
 
+// Turns a row of logits into keys of their scores plus bias; returns this lane's sum of the scores.
+template <int kItems, typename Rule>
+__device__ __forceinline__ float rank(Row<kItems>& row, int experts, const float* bias,
+                                      const Rule& score) {
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < row.items(); ++i) {
+        const int expert = i * 32 + lane_of_warp();
+        const float s = score(__uint_as_float(row[i]));
+        total += s;  // 0 past the end, where the logit is -inf
+        const unsigned key = key_of(bias ? s + bias[expert] : s);
+        row[i] = expert < experts ? key : 0;
+    }
+    return total;
+}
+
 // Removes the experts of all groups but the best ones from the row of keys.
 __device__ __forceinline__ void keep_groups(const MoeRoute& a, Row<0>& row, unsigned* keys,
                                             unsigned* group_keys) {
@@ -166,21 +182,13 @@ __device__ __forceinline__ float route(const MoeRoute& a, int token, const Route
             score.factor = found.inverse();
             z = found.log_sum() * found.log_sum();
         }
+        const float* bias = pass == 0 ? memory.bias : nullptr;
         float total = 0.0f;
-        const auto rank = [&](const auto& rule) {
-#pragma unroll
-            for (int i = 0; i < row.items(); ++i) {
-                const int expert = i * 32 + lane;
-                const float s = rule(__uint_as_float(row[i]));
-                const float bias = pass == 0 ? memory.bias[expert] : 0.0f;
-                total += s;  // 0 past the end, where the logit is -inf
-                row[i] = expert < a.experts ? key_of(s + bias) : 0;
-            }
-        };
         if (a.softmax)
-            rank([&](float z) { return score.of_softmax(z); });
+            total =
+                rank(row, a.experts, bias, [&](float logit) { return score.of_softmax(logit); });
         else
-            rank([](float z) { return sigmoid(z); });
+            total = rank(row, a.experts, bias, [](float logit) { return sigmoid(logit); });
         if constexpr (kItems == 0) {
             if (a.groups > 1) keep_groups(a, row, keys, keys + entries);
         }

@@ -3,6 +3,11 @@
 
 #include "platform.cuh"
 
+#ifdef __CUDACC_RTC__  // NVRTC has no <cmath>
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
+#endif
+
 namespace tigon {
 
 // log(1 + e^x); above 20 it equals x to fp32.

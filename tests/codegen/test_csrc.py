@@ -12,7 +12,7 @@ import host_build
 import pytest
 
 from tigon import native
-from tigon.native import mamba2, quantize
+from tigon.native import mamba2, moe, quantize
 
 ARCHS = ["80", "90a", "100a", "120a"]
 SOURCES = host_build.KERNELS
@@ -20,6 +20,10 @@ INSTANCES = {
     "amax": 3,
     "conv1d_update": 9,
     "dequantize": 9,
+    "moe_route": 5,
+    "moe_route_backward": 1,
+    "moe_sort": 3,
+    "moe_sums": 2,
     "quantize_fp8": 6,
     "quantize_nvfp4": 9,
     "ssd_update": 18,
@@ -156,6 +160,19 @@ def test_no_rounding_of_a_quantizer_is_left_to_the_compiler(stem):
         assert fused == (16 if "Li1E" in name else 0), name
 
 
+def test_moe_route_keeps_two_blocks_on_a_multiprocessor(compiled):
+    """Of 512 threads, up to 512 experts; the loads of a token's logits are all on their way before one is needed."""
+    log = compiled["moe_route"][1]
+    used = dict(re.findall(r"entry function '(\w+)'(?:.|\n)*?Used (\d+) registers", log))
+    assert {k: r for k, r in used.items() if int(r) > (128 if "Li32E" in k else 64)} == {}
+    for name, body in functions(compiled["moe_route"][0]).items():
+        items = int(re.search(r"Li(\d+)E", name)[1])
+        loads = body.split("MUFU")[0].count(
+            "LDG.E "
+        )  # the bias, while it is staged, is one of them
+        assert items == 0 or loads == items + 1, name
+
+
 def nvrtc() -> ctypes.CDLL | None:
     """The library of the nvidia-cuda-nvrtc wheel (torch's CUDA builds bring it) or of a toolkit."""
     wheels = [Path(folder) / "nvidia" for folder in sys.path]
@@ -180,6 +197,10 @@ def nvrtc() -> ctypes.CDLL | None:
         quantize.plan_quantize_nvfp4(64, 64, "bf16", quantize.FOUR_OVER_SIX),
         quantize.plan_quantize_fp8(64, 64, "f16", True),
         quantize.plan_dequantize(64, 64, "bf16", "E4M3"),
+        moe.plan_route(64, 512)[0],
+        moe.plan_sort(4, 512),
+        moe.plan_sums(4, 512),
+        moe.plan_backward(64, 512),
     ],
     ids=lambda plan: plan.source,
 )
