@@ -70,7 +70,7 @@ def _mixer(kind: str, config: HybridConfig, layer: int, **factory) -> nn.Module:
 
 
 class Block(nn.Module):
-    """h + mixer(norm(h)); an MLP and a mixture remember nothing. With return_routing (h, Routing or None)."""
+    """h + mixer(norm(h)); an MLP and a mixture remember nothing. A mixture with return_routing: (h, Routing)."""
 
     def __init__(self, kind: str, config: HybridConfig, layer: int, **factory):
         super().__init__()
@@ -79,17 +79,16 @@ class Block(nn.Module):
 
     def forward(
         self, h: Tensor, cu_seqlens=None, cache=None, *, mask=None, return_routing=False, **rows
-    ) -> Tensor | tuple[Tensor, Routing | None]:
-        x, routing = self.norm(h.to(self.norm.weight.dtype)), None
+    ) -> Tensor | tuple[Tensor, Routing]:
+        x = self.norm(h.to(self.norm.weight.dtype))
         if isinstance(self.mixer, MLP):
-            y = self.mixer(x)
-        elif not isinstance(self.mixer, LatentMoE):
-            y = self.mixer(x, cu_seqlens, cache, **rows)
-        elif return_routing:
-            y, routing = self.mixer(x, mask, cu_seqlens, return_routing=True)
-        else:
-            y = self.mixer(x, mask, cu_seqlens)
-        return (h + y, routing) if return_routing else h + y
+            return h + self.mixer(x)
+        if not isinstance(self.mixer, LatentMoE):
+            return h + self.mixer(x, cu_seqlens, cache, **rows)
+        if not return_routing:
+            return h + self.mixer(x, mask, cu_seqlens)
+        y, routing = self.mixer(x, mask, cu_seqlens, return_routing=True)
+        return h + y, routing
 
 
 class Backbone(nn.Module):
@@ -132,10 +131,13 @@ class Backbone(nn.Module):
             if num_tokens is not None and mask is None:
                 mask = torch.arange(length, device=input_ids.device) < num_tokens[:, None]
         h, routings = self.embeddings(input_ids).to(self.residual_dtype), []
-        where |= {"mask": mask, "return_routing": True}
+        where["mask"] = mask
         for layer, layer_cache in zip(self.layers, layer_caches):
-            h, routing = layer(h, cu_seqlens, layer_cache, **where)
-            routings += [] if routing is None else [routing]
+            if return_routing and isinstance(layer.mixer, LatentMoE):
+                h, routing = layer(h, cu_seqlens, layer_cache, return_routing=True, **where)
+                routings.append(routing)
+            else:
+                h = layer(h, cu_seqlens, layer_cache, **where)
         if cache is not None:
             cache.finish(slots, added, length)
         h = self.norm_f(h.to(self.norm_f.weight.dtype))
@@ -218,21 +220,18 @@ class HybridLM(nn.Module):
         Raises:
             ValueError: arguments that contradict each other, or no room in the cache, by name.
         """
-        hidden, routings = self.backbone(
-            *(input_ids, cu_seqlens, cache),
-            slots=slots,
-            num_tokens=num_tokens,
-            mask=mask,
-            return_routing=True,
+        losses = (self.config.router_aux_loss_coef, self.config.router_z_loss_coef)
+        adds_losses = self.training and labels is not None and any(losses)
+        where = {"slots": slots, "num_tokens": num_tokens, "mask": mask}
+        hidden = self.backbone(
+            input_ids, cu_seqlens, cache, return_routing=return_routing or adds_losses, **where
         )
+        hidden, routings = hidden if return_routing or adds_losses else (hidden, [])
         result = self.logits(hidden)
         if labels is not None:
             result = F.cross_entropy(result.flatten(0, 1), labels.flatten(), ignore_index=-100)
-            if self.training:
-                config = self.config
-                result = result + router_losses(
-                    routings, config.router_aux_loss_coef, config.router_z_loss_coef
-                )
+        if adds_losses:
+            result = result + router_losses(routings, *losses)
         return (result, routings) if return_routing else result
 
     @torch.no_grad()

@@ -101,9 +101,10 @@ PRESETS: dict[str, HybridConfig] = {
         moe_latent_size=2048,
         routed_scaling_factor=5.0,
     ),
-    # A whole hybrid that learns from bytes within a minute and a half on two CPU cores.
+    # A whole hybrid that learns from bytes within a minute and a half on two CPU cores. After 45 s of one core: 2.29
+    # bits a byte on held-out text; as MEM*E 2.34; as MM*- with the usual initializer_range of 0.02 2.37, with 0.06 2.28.
     "tiny": HybridConfig(
-        pattern="MEM*E",
+        pattern="MM*E",
         vocab_size=256,
         hidden_size=128,
         num_attention_heads=4,
@@ -118,8 +119,8 @@ PRESETS: dict[str, HybridConfig] = {
         num_experts_per_tok=2,
         moe_intermediate_size=128,
         moe_latent_size=64,
-        moe_shared_expert_intermediate_size=192,
-        initializer_range=0.06,
+        moe_shared_expert_intermediate_size=384,
+        initializer_range=0.08,
         tie_word_embeddings=False,
         pad_token_id=None,
         bos_token_id=None,
