@@ -277,6 +277,13 @@ def plan_scaled_mm(arch: int, **sizes: int) -> dict[str, object]:
     return plan_scaled_mm(arch, **sizes)
 
 
+def plan_experts(op: str, arch: int, **sizes: int) -> dict[str, object]:
+    """As `launch_moe`, which builds on this file, says."""
+    from tigon.kernels import launch_moe
+
+    return getattr(launch_moe, f"plan_{op}")(arch, **sizes)
+
+
 PLANNERS: dict[str, Callable[..., dict[str, object]]] = {
     "ssd_scan": plan_ssd_scan,
     "ssd_scan_backward": plan_ssd_scan_backward,
@@ -287,4 +294,8 @@ PLANNERS: dict[str, Callable[..., dict[str, object]]] = {
     "rms_norm": plan_gated_rms_norm,
     "rms_statistics": plan_gated_rms_norm,
     "scaled_mm": plan_scaled_mm,
+    "grouped_mm": partial(plan_experts, "grouped_mm"),
+    "grouped_mm_backward": partial(plan_experts, "grouped_mm_backward"),
+    "moe_experts": partial(plan_experts, "moe_experts"),
+    "moe_experts_backward": partial(plan_experts, "moe_experts_backward"),
 }

@@ -38,7 +38,7 @@ def narrow(v, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     """fp32 -> DTYPE, to nearest even. UPCAST: in the interpreter, whose own cast to bf16 truncates."""
     if UPCAST and tl.bfloat16 == DTYPE:
         bits = v.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
     return v.to(DTYPE)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from codegen_cases_gemm import GEMMS
+from codegen_cases_moe import EXPERTS
 
 HALF, WIDE = torch.bfloat16, torch.float32
 
@@ -193,5 +194,9 @@ CASES = [
             needs=needs,
         )
         for name, call, needs in GEMMS
+    ),
+    *(
+        Case(f"moe_experts {name}", call, (HALF, WIDE) if wide else (HALF,))
+        for name, call, wide in EXPERTS
     ),
 ]
