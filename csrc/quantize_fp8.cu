@@ -46,7 +46,7 @@ __device__ __forceinline__ void store_codes(const float (&v)[kRun], uint8* to, i
                                             bool vectors) {
     const uint4 codes = make_uint4(encode_fp8<F>(v), encode_fp8<F>(v + 4), encode_fp8<F>(v + 8),
                                    encode_fp8<F>(v + 12));
-    if (vectors && count >= kRun) {
+    if (vectors) {  // then runs are whole
         *reinterpret_cast<uint4*>(to) = codes;
         return;
     }

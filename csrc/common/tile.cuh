@@ -208,7 +208,7 @@ __device__ __forceinline__ int64 scale_place(int line, int block, int blocks, bo
 }
 
 // The scales that a thread writes: of one block of every kLines-th line of the tile. Padding of the
-// swizzled layout is written too, as zero.
+// swizzled layout is written too; a block of nothing has scale 0.
 struct ScaleWriter {
     uint8* at;
     int64 step;
@@ -224,7 +224,7 @@ struct ScaleWriter {
     }
     // Of the next line in turn; 32 lines on is one word on in the swizzled layout.
     __device__ void write(int line, unsigned scale) {
-        if (line < end) *at = line < real ? scale : 0;
+        if (line < end) *at = scale;
         at += step;
     }
 };

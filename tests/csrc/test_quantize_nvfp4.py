@@ -88,6 +88,24 @@ def test_all_bf16_numbers_round_as_the_reference_does(kernels):
     assert (scale.float() == 1).all() and len((codes & 15).unique()) == 16
 
 
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_padding_of_a_rotated_block_draws_no_random_bytes(kernels, axis):
+    """It holds values, and is rounded with the byte 0, as in the reference."""
+    x = numbers(35, 35, torch.bfloat16)
+    options = dict(hadamard=signs(), rounding="stochastic", seed=torch.tensor(3))
+    options |= dict(row=axis == "row", column=axis == "column")
+    check("quantize_nvfp4", moved(nvfp4(x, **options), kernels))
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_four_over_six_takes_six_where_both_lose_nothing(kernels, square):
+    x = torch.zeros(32, 32)
+    x[:, ::3] = 6.0
+    case = nvfp4(x, amax=torch.tensor(1536.0), four_over_six="mse", square=square)
+    codes, scale, _ = check("quantize_nvfp4", moved(case, kernels))[:3]
+    assert (scale.float() == 1).all() and set(codes.flatten().tolist()) <= {0, 7, 0x70, 0x77}
+
+
 def test_stochastic_bits_depend_on_the_element_alone(kernels):
     """A slice of rows, quantized with the offset of its first element, has the bytes of the whole."""
     x = numbers(40, 48, torch.bfloat16)
