@@ -44,4 +44,4 @@ def draw_load(axes, model: HybridLM, load: Tensor) -> None:
     axes.axhline(100 / load.shape[1], color="gray", linestyle="--", label="even")
     axes.set(xlabel="expert", ylabel="% of the choices, held-out text", title="expert load")
     axes.set_xticks(range(load.shape[1]))
-    axes.legend()
+    axes.legend(loc="lower right")

@@ -102,7 +102,7 @@ PRESETS: dict[str, HybridConfig] = {
         routed_scaling_factor=5.0,
     ),
     # A whole hybrid that learns from bytes within a minute and a half on two CPU cores. Bits a byte on held-out text
-    # after 45 s of one core: 2.29; as MEM*E 2.34; as MM*- with the usual initializer_range of 0.02 2.37, with 0.06 2.28.
+    # after 45 s of one core: 2.29; as MEM*E 2.34; as MM*- 2.37 with an initializer_range of 0.02, 2.28 with 0.06.
     "tiny": HybridConfig(
         pattern="MM*E",
         vocab_size=256,
