@@ -6,7 +6,8 @@
 //   1. a threshold is found that k to 64 keys reach. The k-th largest of the lanes' largest keys is
 //      one that at least k keys reach, and of 512 random ones some 36 reach it for k = 22; if too
 //      many do, bisection goes on from there;
-//   2. the keys that reach it are gathered, and each counts those that come before it: its place.
+//   2. the keys that reach it are gathered, and each counts the larger ones: its place. If keys are
+//      equal, which their number of larger ones tells, it counts the lower indices too.
 #pragma once
 
 #include "math.cuh"
@@ -53,8 +54,8 @@ struct Row<0> {
 
 // What a warp needs in shared memory to choose.
 struct Chosen {
-    uint64 candidate[kMaxChosen];
-    int index[kMaxChosen];  // the result, best first
+    uint64 candidate[kMaxChosen];  // key and, below it, ~index: no two are equal
+    int index[kMaxChosen];         // the result, best first
 };
 
 // The sum over the lanes before this one.
@@ -140,6 +141,42 @@ __device__ __forceinline__ int threshold(Row<kItems>& row, int k, int most, Chos
     return narrow(row, __reduce_max_sync(kWholeWarp, mine), low, k, most);
 }
 
+// Writes the candidates that fewer than k come before to their places.
+__device__ __forceinline__ void place_candidates(int count, int k, Chosen& chosen) {
+    constexpr int kEach = kMaxChosen / 32;
+    uint64 mine[kEach];
+    int rank[kEach], sum = 0;
+#pragma unroll
+    for (int h = 0; h < kEach; ++h) {
+        const int slot = h * 32 + lane_of_warp();
+        mine[h] = slot < count ? chosen.candidate[slot] : ~0ull;
+        rank[h] = 0;
+    }
+#pragma unroll 2
+    for (int i = 0; i < count; i += 2) {
+        const uint4 pair = *reinterpret_cast<const uint4*>(chosen.candidate + i);
+#pragma unroll
+        for (int h = 0; h < kEach; ++h) {
+            const unsigned key = mine[h] >> 32;
+            rank[h] += (pair.y > key) + (pair.w > key);
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < kEach; ++h) sum += rank[h];
+    // Of every two candidates one has the larger key, unless they are equal.
+    const bool ties = __reduce_add_sync(kWholeWarp, sum) != count * (count - 1) / 2;
+#pragma unroll
+    for (int h = 0; h < kEach; ++h) {
+        if (h * 32 + lane_of_warp() >= count) continue;
+        if (ties) {
+            rank[h] = 0;
+#pragma unroll 1
+            for (int i = 0; i < count; ++i) rank[h] += chosen.candidate[i] > mine[h];
+        }
+        if (rank[h] < k) chosen.index[rank[h]] = ~static_cast<unsigned>(mine[h]);
+    }
+}
+
 // chosen.index[0] to [k-1]: the k best. At least k keys of the row must not be 0.
 template <int kItems>
 __device__ __forceinline__ void choose(Row<kItems>& row, int k, Chosen& chosen) {
@@ -150,15 +187,9 @@ __device__ __forceinline__ void choose(Row<kItems>& row, int k, Chosen& chosen) 
     for (int i = 0; i < row.items(); ++i)
         if (row[i] >= low)
             chosen.candidate[place++] = uint64(row[i]) << 32 | ~unsigned(i * 32 + lane_of_warp());
+    if (lane_of_warp() == 0 && count < kMaxChosen) chosen.candidate[count] = 0;  // read in pairs
     __syncwarp();
-#pragma unroll 1
-    for (int slot = lane_of_warp(); slot < count; slot += 32) {
-        const uint64 mine = chosen.candidate[slot];
-        int rank = 0;
-#pragma unroll 4
-        for (int i = 0; i < count; ++i) rank += chosen.candidate[i] > mine;
-        if (rank < k) chosen.index[rank] = ~unsigned(mine);
-    }
+    place_candidates(count, k, chosen);
     __syncwarp();
 }
 
