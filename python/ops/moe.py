@@ -421,7 +421,7 @@ def moe_experts(
         weight_placement: where w multiplies: the expert's output (transformers), or its activation (Megatron); the
             same in exact arithmetic, rounded otherwise.
         save: what is kept for backward: h = up x (t k, m), relu(h) (ReLU^2 only), or nothing but x and the routing:
-            then h is computed again.
+            then h is computed again. Without a gradient to come nothing is kept in any case.
         expert_range: (first, last): up and down hold these experts; choices of others contribute nothing.
         grad_buffers: fp32 (like up, like down) that take the weights' gradients; up.grad and down.grad then stay None.
             accumulate: add to them; otherwise they are overwritten.
@@ -469,6 +469,9 @@ def moe_experts(
             dims = " ".join(map(str, like))
             check.tensor(f"grad_buffers[{name}]", buffer, dims, dtypes=(torch.float32,))
             check.require(buffer.is_contiguous(), f"grad_buffers[{name}] must be contiguous")
+    given = (x, routing.weights, *(w for w in (up, down) if isinstance(w, Tensor)))
+    if not (torch.is_grad_enabled() and any(v.requires_grad for v in given)):
+        save = "nothing"
     args = (
         inner("x", x, 1),
         *up_parts,

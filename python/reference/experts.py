@@ -7,6 +7,9 @@ stored is rounded to x's dtype: h, act(h), each D act, and their sum. Rows are t
 Source: "Nemotron 3" (arXiv 2512.20856), section 2.2.
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,19 +18,33 @@ from tigon.reference.elementwise import silu
 from tigon.reference.quantize import dequantize
 
 ROWS = 16  # of a tile in batch-invariant mode
+BLOCK = 2**17  # numbers of the hidden width that are worked on at once: they stay in a core's cache
 
 
-def product(a: Tensor, b: Tensor, invariant: bool) -> Tensor:
-    """a @ b.T; in row tiles of one shape where a row must not feel how many there are."""
+def product(a: Tensor, b: Tensor, invariant: bool, out: Tensor | None = None) -> Tensor:
+    """a @ b, into `out` if given; in row tiles of one shape where a row must not feel how many there are."""
     if not invariant or not a.shape[0]:
-        return a @ b.T
+        return torch.mm(a, b, out=out)
     tiles = F.pad(a, (0, 0, 0, -a.shape[0] % ROWS)).split(ROWS)
-    return torch.cat([tile @ b.T for tile in tiles])[: a.shape[0]]
+    found = torch.cat([tile @ b for tile in tiles])[: a.shape[0]]
+    return found if out is None else out.copy_(found)
 
 
-def _pieces(rows: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
-    """`rows` in expert order, one piece an expert; the rows past the last offset are dropped."""
-    return rows.tensor_split(offsets[1:].cpu() if rows.is_cuda else offsets[1:].long())[:-1]
+def _rows(offsets: Tensor, total: int) -> list[int]:
+    """How many of `total` rows each expert has. tensor_split reads the offsets in C++."""
+    bounds = offsets[1:].cpu() if offsets.is_cuda else offsets[1:].long()
+    return [piece.shape[0] for piece in offsets.new_empty(total).tensor_split(bounds)][:-1]
+
+
+def _products(
+    x: Tensor, w: Tensor, rows: list[int], invariant: bool, out: Tensor | None = None
+) -> Tensor:
+    """Each expert's rows of x (rows,k) times its matrix of w (e,k,n), into `out` if given."""
+    out = x.new_empty(x.shape[0], w.shape[2]) if out is None else out
+    for piece, matrix, target in zip(x.split(rows), w, out.split(rows), strict=True):
+        if piece.shape[0]:
+            product(piece, matrix, invariant, target)
+    return out
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -36,20 +53,32 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, invariant: bool = False) -> Tensor:
     """y (rows,n): x (rows,k) in expert order, w (e,n,k). Rows past offsets[e] give zeros."""
-    y = x.new_zeros(x.shape[0], w.shape[1])
-    for piece, out, weight in zip(_pieces(x, offsets), _pieces(y, offsets), w, strict=True):
-        if piece.shape[0]:
-            out.copy_(product(piece, weight, invariant))
+    rows = _rows(offsets, x.shape[0])
+    y = x.new_empty(x.shape[0], w.shape[1])
+    total = sum(rows)
+    _products(x[:total], w.mT, rows, invariant, y[:total])
+    y[total:].zero_()
     return y
+
+
+def _gradients(dw: Tensor, d: Tensor, x: Tensor, rows: list[int], accumulate: bool) -> None:
+    """dw (e,n,k) = d.T @ x of each expert's rows, or that added to it, in fp32 (fp64); exact zeros without rows."""
+    d, x = d.to(_accumulator(d)), x.to(_accumulator(x))
+    for out, left, right in zip(dw, d.split(rows), x.split(rows), strict=True):
+        if out.dtype == d.dtype:
+            out.addmm_(left.T, right, beta=float(accumulate))
+        elif accumulate:
+            out += left.T @ right
+        else:
+            out.copy_(left.T @ right)
 
 
 def grouped_mm_backward(dy: Tensor, x: Tensor, w: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """(dx, dw); an expert without rows gets exact zeros."""
-    dw = torch.zeros_like(w)
-    for d, piece, out in zip(_pieces(dy, offsets), _pieces(x, offsets), dw, strict=True):
-        if piece.shape[0]:
-            out.copy_(d.T @ piece)
-    return grouped_mm(dy, w.transpose(1, 2), offsets), dw
+    rows = _rows(offsets, x.shape[0])
+    dw = torch.empty(w.shape, dtype=w.dtype, device=w.device)
+    _gradients(dw, dy[: sum(rows)], x[: sum(rows)], rows, False)
+    return grouped_mm(dy, w.mT, offsets), dw
 
 
 def weight(codes, scale, outer, format: str, width: int, dtype: torch.dtype) -> Tensor:
@@ -62,42 +91,56 @@ def weight(codes, scale, outer, format: str, width: int, dtype: torch.dtype) -> 
     return values.unflatten(0, (e, rows))
 
 
-def _activate(h: Tensor, activation: str) -> Tensor:
-    """act(h) rounded where transformers rounds it."""
-    if activation == "relu2":
-        return F.relu(h).square()
-    gate, up = h.chunk(2, -1)
+def _activate(h: Tensor, activation: str, gate: Tensor | None = None) -> Tensor:
+    """act(h) rounded where transformers rounds it, or gate act(h) where Megatron does."""
     acc = _accumulator(h)
-    return silu(gate.to(acc)).to(h.dtype) * up
+    if activation == "relu2":
+        r = F.relu(h)
+        return r.mul_(r) if gate is None else (r.to(acc).square() * gate).to(h.dtype)
+    first, second = h.chunk(2, -1)
+    a = silu(first.to(acc)).to(h.dtype) * second
+    return a if gate is None else (a.to(acc) * gate).to(h.dtype)
 
 
 class _Local:
-    """The rows of experts first to last: where they begin in expert order, their choices and tokens."""
+    """The rows of experts first to last in expert order: how many each has, their choices and tokens."""
 
-    def __init__(self, offsets, order, k, first, last):
-        self.offsets = (offsets[first : last + 1] - offsets[first]).clamp(min=0)
-        position = torch.arange(order.shape[0], device=order.device)
-        self.live = position < self.offsets[-1]
-        start = offsets[first].long()
-        choice = order[(position + start).clamp(max=max(order.shape[0] - 1, 0))].long()
-        self.choice = torch.where(self.live, choice, 0)
-        self.token = self.choice // k
+    def __init__(self, indices, offsets, order, first, last):
+        rows = _rows(offsets, order.shape[0])
+        self.shape, self.start, self.rows = indices.shape, sum(rows[:first]), rows[first:last]
+        self.total = sum(self.rows)
+        self.choice = order[self.start : self.start + self.total].long()
+        self.token = self.choice // max(self.shape[1], 1)
 
-    def gather(self, rows: Tensor) -> Tensor:
-        return rows[self.token]
+    def blocks(self, width: int) -> Iterator[tuple[slice, slice, list[int]]]:
+        """(experts, their rows, how many each has) of as many experts at once as BLOCK holds."""
+        edges, held = [0], 0
+        for i, count in enumerate(self.rows):
+            if held and (held + count) * width > BLOCK:
+                edges.append(i)
+                held = 0
+            held += count
+        begin = 0
+        for first, last in pairwise([*edges, len(self.rows)]):
+            rows = self.rows[first:last]
+            yield slice(first, last), slice(begin, begin + sum(rows)), rows
+            begin += sum(rows)
 
-
-def _combine(rows: Tensor, inverse: Tensor, offsets: Tensor, first, last, k, weights) -> Tensor:
-    """y (t,l): the k rows of each token, weighted, added in fp32 in the order of its choices."""
-    place = inverse.long().view(-1, k) - offsets[first]
-    mine = (inverse.view(-1, k) >= offsets[first]) & (inverse.view(-1, k) < offsets[last])
-    acc = _accumulator(rows)
-    y = rows.new_zeros(place.shape[0], rows.shape[1], dtype=acc)
-    for j in range(k):
-        row = rows[place[:, j].clamp(0, max(rows.shape[0] - 1, 0))].to(acc)
-        row = row if weights is None else row * weights[:, j, None]
-        y += torch.where(mine[:, j, None], row, 0)
-    return y.to(rows.dtype)
+    def combine(self, rows: Tensor, inverse: Tensor, weights: Tensor | None) -> Tensor:
+        """y (t,l): the k rows of each token, weighted, added in fp32 in the order of its choices. The last of
+        `rows` is overwritten: it stands for the choices of experts elsewhere.
+        """
+        rows[-1].zero_()
+        place = inverse.view(self.shape).long() - self.start
+        mine = (place >= 0) & (place < self.total)
+        place = torch.where(mine, place, self.total).T.contiguous()
+        if weights is not None:
+            weights = torch.where(mine, weights, 0).T[..., None]
+        y = rows.new_zeros(place.shape[1], rows.shape[1], dtype=_accumulator(rows))
+        for j, chosen in enumerate(place):
+            row = rows.index_select(0, chosen).to(y.dtype)
+            y += row if weights is None else row.mul_(weights[j])
+        return y.to(rows.dtype)
 
 
 def moe_experts(
@@ -127,32 +170,25 @@ def moe_experts(
     weights (t,k) are applied to D act(h), or with before_down to act(h). Experts first to last - 1 are here.
     """
     t, k = indices.shape
-    gates = 2 if activation == "swiglu" else 1
-    m = up.shape[1] // gates
-    if not t or not k or first == last:
-        return torch.zeros_like(x), x.new_zeros(t * k if save != "nothing" else 0, m * gates)
+    m = up.shape[1] // (2 if activation == "swiglu" else 1)
     up = weight(up, up_scale, up_outer, up_format, x.shape[1], x.dtype)
     down = weight(down, down_scale, down_outer, down_format, m, x.dtype)
-    local = _Local(offsets, order, k, first, last)
-    rows, acc = local.gather(x), _accumulator(x)
-    w = weights.flatten()[local.choice][:, None]
-    kept = x.new_zeros(t * k if save != "nothing" else 0, m * gates)
-    out = x.new_zeros(t * k, x.shape[1])
-    keeps = _pieces(kept, local.offsets) if save != "nothing" else [None] * (last - first)
-    pieces = (_pieces(v, local.offsets) for v in (rows, w, out))
-    for piece, gate, target, keep, u, d in zip(*pieces, keeps, up, down, strict=True):
-        if not piece.shape[0]:
-            continue
-        h = product(piece, u, batch_invariant)
-        if keep is not None:
-            keep.copy_(F.relu(h) if save == "relu" else h)
-        if before_down and activation == "relu2":
-            a = (F.relu(h).to(acc).square() * gate).to(x.dtype)
-        else:
-            a = _activate(h, activation)
-            a = (a.to(acc) * gate).to(x.dtype) if before_down else a
-        target.copy_(product(a, d, batch_invariant))
-    y = _combine(out, inverse, offsets, first, last, k, None if before_down else weights)
+    local = _Local(indices, offsets, order, first, last)
+    gates = weights.flatten()[local.choice][:, None] if before_down else None
+    kept = None if save == "nothing" else x.new_empty(t * k, up.shape[1])
+    out = x.new_empty(local.total + 1, x.shape[1])
+    for some, r, rows in local.blocks(up.shape[1]):
+        keep, gate = (None if v is None else v[r] for v in (kept, gates))
+        piece = x.index_select(0, local.token[r])
+        h = _products(piece, up.mT[some], rows, batch_invariant, keep)
+        if save == "relu":
+            h.relu_()
+        a = _activate(h, activation, gate)
+        _products(a, down.mT[some], rows, batch_invariant, out[r])
+    y = local.combine(out, inverse, None if before_down else weights)
+    if kept is None:
+        return y, x.new_empty(0)
+    kept[local.total :].zero_()
     return y, kept
 
 
@@ -160,7 +196,7 @@ def _activation_backward(h, activation, acc):
     """(act(h), function dact -> dh), fp32. For ReLU^2 h may be relu(h)."""
     if activation == "relu2":
         r = F.relu(h).to(acc)
-        return r.square().to(h.dtype).to(acc), lambda d: 2 * r * d
+        return r.square().to(h.dtype).to(acc), lambda d: d.mul_(r).mul_(2)
     gate, up = h.to(acc).chunk(2, -1)
     sig = 1 / (1 + torch.exp(-gate))
     value = silu(gate)
@@ -196,37 +232,29 @@ def moe_experts_backward(
     Given fp32 buffers take dU and dD (added to with `accumulate`), which then come back empty.
     """
     t, k = indices.shape
-    acc = _accumulator(x)
-    dup = torch.zeros_like(up) if up_buffer is None else up_buffer
-    ddown = torch.zeros_like(down) if down_buffer is None else down_buffer
-    if up_buffer is not None and not accumulate:
-        dup.zero_(), ddown.zero_()
+    local, acc = _Local(indices, offsets, order, first, last), _accumulator(x)
+    into, add = up_buffer is not None, up_buffer is not None and accumulate
+    dups, ddowns = (
+        (up_buffer, down_buffer)
+        if into
+        else (torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in (up, down))
+    )
+    gates = weights.flatten()[local.choice][:, None]
+    dgates = weights.new_empty(local.total)
+    drows = x.new_empty(local.total + 1, x.shape[1])
+    for some, r, rows in local.blocks(up.shape[1]):
+        piece, d = (v.index_select(0, local.token[r]) for v in (x, dy))
+        h = kept[r] if save != "nothing" else _products(piece, up.mT[some], rows, batch_invariant)
+        act, pull = _activation_backward(h, activation, acc)
+        g = _products(d, down[some], rows, batch_invariant).to(acc)
+        dgates[r] = (act * g).sum(-1)
+        dh = pull(g.mul_(gates[r])).to(x.dtype)
+        _products(dh, up[some], rows, batch_invariant, drows[r])
+        _gradients(dups[some], dh, piece, rows, add)
+        _gradients(ddowns[some], d, act.mul_(gates[r]).to(x.dtype), rows, add)
+    dx = local.combine(drows, inverse, None)
     dweights = weights.new_zeros(t * k)
-    dx = torch.zeros_like(x)
-    if t and k and last > first:
-        local = _Local(offsets, order, k, first, last)
-        rows, grads = local.gather(x), local.gather(dy)
-        w = weights.flatten()[local.choice][:, None]
-        dw = weights.new_zeros(t * k)
-        drows = x.new_zeros(t * k, x.shape[1])
-        keeps = _pieces(kept, local.offsets) if save != "nothing" else [None] * (last - first)
-        pieces = (_pieces(v, local.offsets) for v in (rows, grads, w, dw, drows))
-        for i, (piece, d, gate, dgate, drow, keep) in enumerate(zip(*pieces, keeps, strict=True)):
-            if not piece.shape[0]:
-                continue
-            h = product(piece, up[i], batch_invariant) if save == "nothing" else keep
-            act, pull = _activation_backward(h, activation, acc)
-            g = product(d, down[i].T, batch_invariant).to(acc)
-            dgate.copy_((act * g).sum(-1))
-            dh = pull(gate * g).to(x.dtype)
-            drow.copy_(product(dh, up[i].T, batch_invariant))
-            dup[i] += (dh.to(acc).T @ piece.to(acc)).to(dup.dtype)
-            ddown[i] += (d.to(acc).T @ (gate * act).to(x.dtype).to(acc)).to(ddown.dtype)
-        dx = _combine(drows, inverse, offsets, first, last, k, None)
-        scattered = weights.new_zeros(t * k + 1)
-        scattered[torch.where(local.live, local.choice, t * k)] = dw
-        dweights = scattered[: t * k]
-    empty = x.new_empty(0)
-    if up_buffer is not None:
-        dup = ddown = empty
-    return dx, dup, ddown, dweights.view(t, k)
+    dweights[local.choice] = dgates
+    if into:
+        dups = ddowns = x.new_empty(0)
+    return dx, dups, ddowns, dweights.view(t, k)
