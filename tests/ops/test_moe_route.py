@@ -193,7 +193,7 @@ def test_without_losses_nothing_of_the_size_of_the_logits_is_kept():
 def test_follows_the_law_of_registered_ops():
     logits = torch.randn(5, 8, requires_grad=True)
     rest = (torch.zeros(8), 3, 1.0, "sigmoid", True, 1e-20, 1, 1, True, True, None, None)
-    # Not test_aot_dispatch_dynamic: it adds floats to an integer sum when the first output is an integer. Below instead.
+    # Not test_aot_dispatch_dynamic: it adds floats to an integer sum where the first output is one. Below instead.
     laws = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.tigon.moe_route, (logits, *rest), test_utils=laws)
 
