@@ -12,7 +12,7 @@ import triton.language as tl
 
 from tigon.kernels.experts_up import hidden_rows, rounded, split_gates
 from tigon.kernels.grouped_gemm_rows import multiply_tile
-from tigon.kernels.grouped_gemm_tiles import find_rows, tile_rows
+from tigon.kernels.grouped_gemm_tiles import find_rows, local_places, tile_rows
 from tigon.kernels.ssd_common import narrow
 
 
@@ -58,7 +58,7 @@ def activation_gradient(
             kept = (here - base) * width
             h = load_kept(kept_ptr, kept, mask, column)
             if SWIGLU:
-                gate, value = h, load_kept(kept_ptr + m, kept, mask, column)
+                gate, value = h, load_kept(kept_ptr, kept, mask, column + m)
         w = tl.load(weights_ptr + choice)[:, None]
         dact = w * g
         at = (place * width)[:, None] + column[None, :]
@@ -67,7 +67,7 @@ def activation_gradient(
             act = rounded(rounded(gate * sig, DTYPE, UPCAST) * value, DTYPE, UPCAST)
             dgate = dact * value * (sig * (1 + gate * (1 - sig)))
             tl.store(dh_ptr + at, narrow(dgate, DTYPE, UPCAST), mask=mask)
-            tl.store(dh_ptr + m + at, narrow(dact * (gate * sig), DTYPE, UPCAST), mask=mask)
+            tl.store(dh_ptr + (at + m), narrow(dact * (gate * sig), DTYPE, UPCAST), mask=mask)
         else:
             r = tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
             act = rounded(r * r, DTYPE, UPCAST)
@@ -86,7 +86,8 @@ def sum_shares(
     choice = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = choice < choices
     place = tl.load(inverse_ptr + choice, mask=real, other=-1)
-    here = (place >= tl.load(offsets_ptr)) & (place < tl.load(offsets_ptr + experts))
+    begin, end = local_places(offsets_ptr, experts)
+    here = (place >= begin) & (place < end)
     total = tl.zeros((BLOCK,), tl.float32)
     at = shares_ptr + choice
     for _ in range(blocks):

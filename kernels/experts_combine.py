@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from tigon.kernels.experts_up import rounded
+from tigon.kernels.grouped_gemm_tiles import local_places
 from tigon.kernels.ssd_common import narrow
 
 
@@ -22,7 +23,7 @@ def combine(
     program = tl.program_id(0)
     token = (program // blocks).to(tl.int64)
     column = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    begin, end = tl.load(offsets_ptr), tl.load(offsets_ptr + experts)
+    begin, end = local_places(offsets_ptr, experts)
     total = tl.zeros((BLOCK,), tl.float32)
     for j in tl.range(0, TOP_K, loop_unroll_factor=8):
         choice = token * TOP_K + j

@@ -26,7 +26,7 @@ from tigon.kernels.grouped_gemm_rows import multiply_rows, zero_tail
 from tigon.kernels.grouped_gemm_tiles import list_tiles, tile_bound
 from tigon.kernels.grouped_gemm_weights import weight_gradient
 from tigon.kernels.launch import plan, target
-from tigon.kernels.launch_moe import CombineConfig, GroupedConfig
+from tigon.kernels.launch_moe import GroupedConfig
 from tigon.kernels.ssd_common import INTERPRETED
 
 LIST_BLOCK = 128  # tiles that a program of list_tiles writes at a time

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from tigon.kernels.gemm_multiply import load_outer
 from tigon.kernels.gemm_operands import load_operand
-from tigon.kernels.grouped_gemm_tiles import find_rows, tile_rows
+from tigon.kernels.grouped_gemm_tiles import find_rows, local_places, tile_rows
 from tigon.kernels.ssd_common import dot, narrow
 
 
@@ -111,7 +111,7 @@ def multiply_rows(
 @triton.jit
 def zero_tail(out_ptr, offsets_ptr, experts, rows, n, BLOCK: tl.constexpr):
     """Rows of no expert, offsets[experts] on, are zeros. Each program takes every num_programs-th."""
-    end = tl.load(offsets_ptr + experts)
+    _, end = local_places(offsets_ptr, experts)
     for row in range(end + tl.program_id(0), rows, tl.num_programs(0)):
         at = out_ptr + tl.cast(row, tl.int64) * n
         for done in range(0, n, BLOCK):

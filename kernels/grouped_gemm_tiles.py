@@ -73,3 +73,9 @@ def tile_rows(row, end, ROWS: tl.constexpr):
     """(rows, rows that may be read, mask) of the tile at `row`: past the end, the last row is read again."""
     rows = row + tl.arange(0, ROWS)
     return rows, tl.minimum(rows, end - 1), rows < end
+
+
+@triton.jit
+def local_places(offsets_ptr, experts):
+    """(begin, end) of the rows that are here, in expert order."""
+    return tl.load(offsets_ptr), tl.load(offsets_ptr + tl.cast(experts, tl.int64))

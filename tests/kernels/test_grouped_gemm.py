@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from interpreted_dots import rowwise_products
 from memory import guarded, sliced
 from numerics import assert_close_to_oracle
@@ -15,7 +17,7 @@ from options import case_id, pairwise
 
 import tigon
 from tigon.kernels import grouped_gemm
-from tigon.kernels.grouped_gemm_tiles import list_tiles, tile_bound
+from tigon.kernels.grouped_gemm_tiles import find_rows, list_tiles, tile_bound
 from tigon.kernels.launch import assume, plan
 from tigon.kernels.launch_moe import GroupedConfig
 from tigon.reference import experts as reference
@@ -269,6 +271,33 @@ def test_every_tile_is_listed_once(counts, begin, device):
     ]  # fmt: skip
     assert tiles[: len(expected)].tolist() == expected
     assert (tiles[len(expected) :, 0] == -1).all() and len(tiles) >= len(expected)
+
+
+@triton.jit
+def _find(indices_ptr, order_ptr, offsets_ptr, out_ptr, first, experts):
+    item = tl.program_id(0).to(tl.int64)
+    expert, row, end = find_rows(
+        item, None, indices_ptr, order_ptr, offsets_ptr, first, experts, 16
+    )
+    tl.store(out_ptr + item * 3, expert)
+    tl.store(out_ptr + (item * 3 + 1), row)
+    tl.store(out_ptr + (item * 3 + 2), end)
+
+
+@pytest.mark.parametrize("first, last", [(0, 40), (5, 30)])
+def test_one_of_an_experts_choices_takes_its_rows(first, last, device):
+    """Its weights are read once, however many chose it."""
+    t, e, k = 6, 40, 3
+    places = route(t, e, k, device, skipped=True)
+    offsets = places["offsets"]
+    found = torch.zeros(t * k, 3, dtype=torch.int64, device=device)
+    _find[(t * k,)](places["indices"], places["order"], offsets[first:], found, first, last - first)
+    taken = [row for row in found.tolist() if row[1] < row[2]]
+    bounds = offsets.tolist()
+    expected = [
+        [i - first, bounds[i], bounds[i + 1]] for i in range(first, last) if bounds[i] < bounds[i + 1]
+    ]  # fmt: skip
+    assert sorted(taken) == expected
 
 
 @pytest.mark.parametrize("t", [3, 70])

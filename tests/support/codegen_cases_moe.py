@@ -1,4 +1,4 @@
-"""Which launches of the expert MLPs the code-generation gate compiles: Nemotron 3 Super and Nano, training and decode."""
+"""Which launches of the expert MLPs the code-generation gate compiles: shapes of Nemotron 3 Super and Nano."""
 
 import torch
 
