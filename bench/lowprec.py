@@ -68,11 +68,12 @@ def values(t: Tensor | QuantizedTensor) -> Tensor:
 
 def beside(scale: Tensor, t: QuantizedTensor) -> Tensor:
     """The outer scales of t, to be multiplied with its elements."""
-    (m, k), granularity = t.shape, getattr(t, "granularity", "row" if scale.dim() else "tensor")
+    granularity = getattr(t, "granularity", "row" if scale.dim() else "tensor")
     if granularity == "tensor":
         return scale
     if granularity == "row":
-        return scale[:, None]
+        return scale[..., None]
+    m, k = t.shape
     rows = scale if granularity == "1x128" else scale.repeat_interleave(128, 0)[:m]
     return rows.repeat_interleave(128, 1)[:, :k]
 

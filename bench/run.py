@@ -50,7 +50,7 @@ def gate_sizes(
 ) -> dict[str, int]:
     """`sizes` with so many tokens that the oracle ends in seconds."""
     cut = dict(sizes)
-    tokens = next((k for k in ("l", "t", "b", "m") if k in cut), None)
+    tokens = next((k for k in ("t", "rows", "l", "b", "m") if k in cut), None)
     while tokens and cut[tokens] > 1 and work(op, cut, 8, mode, variant).flops > GATE_FLOPS[device]:
         cut[tokens] //= 2
     return cut

@@ -1,7 +1,7 @@
 """Variants of an op: options that change what it does so much that each is measured by itself.
 
 The first is the default. A variant of `quantize_*` names the options, of `dequantize` the format, of `scaled_mm` the
-formats of both operands. Standard library only.
+formats of both operands, of `moe_*` the options (for experts foremost `save`). Standard library only.
 """
 
 FORMATS = ("nvfp4", "mxfp8", "fp8-tensor", "fp8-row", "fp8-1x128", "fp8-128x128")
@@ -25,6 +25,19 @@ VARIANTS: dict[str, dict[str, object]] = {
         "w4a16": ("plain", "nvfp4"),
         "w4a8": ("fp8-row", "nvfp4"),
         "w4a4": ("nvfp4", "nvfp4"),
+    },
+    "moe_route": {
+        "sigmoid": {},
+        "softmax": {"score": "softmax", "normalize": False},
+        "groups": {"groups": 4, "top_groups": 2},
+        "losses": {"aux": "batch", "z_loss": True},
+    },
+    "moe_experts": {
+        **{save: {"save": save} for save in ("hidden", "relu", "nothing")},
+        "swiglu": {"activation": "swiglu"},
+        "before-down": {"weight_placement": "before_down"},
+        "nvfp4": {"format": "nvfp4"},
+        "fp8": {"format": "fp8-row"},
     },
 }
 

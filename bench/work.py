@@ -12,6 +12,10 @@ and backward together.
     quantize_*    FLOPs 3 an element and copy (magnitude, product, rounding), 6 more with the Hadamard transform;
                   bytes: x once, codes and scales of every copy
     scaled_mm     FLOPs 2 M N K; bytes: codes and scales of both operands, the output
+    moe_route     bytes: logits once, choices, weights and both orders; backward: compact gradients in, dlogits out
+    grouped_mm    FLOPs 2 rows N K; bytes: rows in and out, the matrices that rows go to
+    moe_experts   FLOPs 4 T K M L (6 with a gate), twice that in backward and the first product where it is done again;
+                  bytes: x and y, the matrices of experts that tokens choose (uniformly), what is kept, all gradients
 """
 
 from collections.abc import Callable, Mapping
@@ -113,6 +117,47 @@ def scaled_mm(e: int, choice: tuple[str, str], m: int, n: int, k: int) -> tuple[
     return (Work(moved, 2 * m * n * k),)
 
 
+def moe_route(itemsize: int, choice: dict, t: int, e: int, k: int) -> tuple[Work, Work]:
+    losses, dense, compact = "aux" in choice, 4 * t * e, 4 * t * k
+    sorted_ = moe_sort(itemsize, t, e, k)[0].bytes
+    forward = Work(dense + 2 * compact + sorted_ + losses * 8 * e, 6 * t * e)
+    again = losses or choice.get("score") == "softmax"
+    return forward, Work((1 + again) * dense + 3 * compact, t * k * 8 + again * t * e * 6)
+
+
+def moe_sort(itemsize: int, t: int, e: int, k: int) -> tuple[Work]:
+    return (Work(12 * t * k + 4 * (2 * e + 1), t * k),)
+
+
+def touched(e: int, share: float, draws: int) -> int:
+    """How many of e experts are chosen by `draws` tokens that each choose a share of them."""
+    return round(e * (1 - (1 - share) ** draws))
+
+
+def grouped_mm(itemsize: int, rows: int, e: int, n: int, k: int) -> tuple[Work, Work]:
+    matrices = touched(e, 1 / e, rows) * n * k
+    forward = Work(itemsize * (rows * (k + n) + matrices) + 4 * (e + 1), 2 * rows * n * k)
+    return forward, Work(itemsize * (rows * (2 * k + n) + matrices + e * n * k), 4 * rows * n * k)
+
+
+def moe_experts(
+    itemsize: int, choice: dict, t: int, k: int, e: int, m: int, l: int
+) -> tuple[Work, ...]:
+    hidden = 2 * m if choice.get("activation") == "swiglu" else m
+    active, save = touched(e, k / e, t), choice.get("save", "hidden")
+    format = choice.get("format", "plain")
+    matrices = active * (stored(format, hidden, l, itemsize) + stored(format, l, m, itemsize))
+    product = 2 * t * k * hidden * l
+    flops = product + 2 * t * k * m * l
+    forward = Work(2 * t * l * itemsize + matrices + 12 * t * k, flops)
+    if format != "plain":
+        return (forward,)
+    kept = 0 if save == "nothing" else 2 * t * k * hidden * itemsize
+    gradients = e * (hidden + m) * l * itemsize
+    moved = 3 * t * l * itemsize + matrices + gradients + kept + 16 * t * k
+    return forward, Work(moved, 2 * flops + (save == "nothing") * product)
+
+
 COUNTERS: dict[str, Callable[..., tuple[Work, ...]]] = {
     count.__name__: count
     for count in (
@@ -127,6 +172,10 @@ COUNTERS: dict[str, Callable[..., tuple[Work, ...]]] = {
         quantize_fp8,
         dequantize,
         scaled_mm,
+        moe_route,
+        moe_sort,
+        grouped_mm,
+        moe_experts,
     )
 }
 

@@ -5,7 +5,8 @@
 
 Inputs look as they do in a trained layer: decays of a few to a few hundred tokens, activations of unit variance,
 parameters in fp32. Every option of the op that a model uses is on. On the meta device nothing is allocated.
-The low-precision ops have variants (`bench/variants.py`) and builders of their own (`bench/lowprec.py`).
+Variants of ops are in `bench/variants.py`; the low-precision ops and those of mixtures of experts have builders of
+their own (`bench/lowprec.py`, `bench/moe.py`).
 """
 
 import math
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 import tigon
-from tigon.bench import lowprec
+from tigon.bench import lowprec, moe
 from tigon.bench.variants import VARIANTS, chosen
 from tigon.ops.quantized import QuantizedTensor
+from tigon.ops.routing import Routing
 from tigon.registry import OPS
 
 SMALL = {
@@ -29,6 +31,7 @@ SMALL = {
     "gated_rms_norm": {"t": 100, "d": 1024, "group_size": 256},
     "rms_norm": {"t": 100, "d": 1024},
     **lowprec.SMALL,
+    **moe.SMALL,
 }
 
 
@@ -37,7 +40,7 @@ class Workload:
     """inputs: tensors by argument name; options: the other arguments; outputs: names of the tensors that come back.
 
     mutated: the input that the op changes in place; it counts as an output. oracle: what is right, where it is not the
-    reference in fp64; exact: every byte of it.
+    reference in fp64; exact: every byte of it. arguments: what the op is called with, made of the inputs.
     """
 
     op: str
@@ -50,15 +53,21 @@ class Workload:
     variant: str = ""
     oracle: Callable[["Workload"], tuple[Tensor, ...]] | None = None
     exact: bool = False
+    arguments: Callable[[Mapping[str, Tensor]], Mapping[str, object]] = dict
 
     @property
     def differentiable(self) -> bool:
-        return OPS[self.op].backward is not None
+        quantized = any(isinstance(t, QuantizedTensor) for t in self.inputs.values())
+        return OPS[self.op].backward is not None and not quantized
+
+    def call(self) -> dict[str, object]:
+        """The arguments of the op, by name."""
+        return {**self.arguments(self.inputs), **self.options}
 
     def run(self, inputs: Mapping[str, Tensor] | None = None) -> tuple[Tensor, ...]:
         """The op's outputs. Mutated inputs are changed for real: `verify` passes copies."""
         inputs = inputs or self.inputs
-        out = tensors(getattr(tigon, self.op)(**inputs, **self.options))
+        out = tensors(getattr(tigon, self.op)(**self.arguments(inputs), **self.options))
         return out if self.mutated is None else (*out, inputs[self.mutated])
 
     def widened(self) -> "Workload":
@@ -67,10 +76,12 @@ class Workload:
         return replace(self, inputs=wide, dtype=torch.float64)
 
 
-def tensors(out: Tensor | QuantizedTensor | tuple) -> tuple[Tensor, ...]:
+def tensors(out: Tensor | QuantizedTensor | Routing | tuple) -> tuple[Tensor, ...]:
     """The tensors of what an op returned, in order."""
     if isinstance(out, QuantizedTensor):
         return tuple(out.tensors().values())
+    if isinstance(out, Routing):
+        return moe.tensors(out)
     return tuple(t for part in out for t in tensors(part)) if isinstance(out, tuple) else (out,)
 
 
@@ -166,17 +177,21 @@ def rms_norm(draw: Draw, t: int, d: int) -> dict:
     return {"inputs": given, "options": {}, "outputs": ("y",)}
 
 
-BUILDERS: dict[str, Callable[..., dict]] = {
-    build.__name__: build
-    for build in (
-        ssd_scan,
-        ssd_update,
-        causal_conv1d,
-        causal_conv1d_update,
-        gated_rms_norm,
-        rms_norm,
-    )
-} | lowprec.BUILDERS
+BUILDERS: dict[str, Callable[..., dict]] = (
+    {
+        build.__name__: build
+        for build in (
+            ssd_scan,
+            ssd_update,
+            causal_conv1d,
+            causal_conv1d_update,
+            gated_rms_norm,
+            rms_norm,
+        )
+    }
+    | lowprec.BUILDERS
+    | moe.BUILDERS
+)
 
 
 def make(
@@ -187,7 +202,11 @@ def make(
     seed: int = 0,
     variant: str | None = None,
 ) -> Workload:
-    """Inputs of `op` for `sizes` (every letter of the registry's sizes) and a variant of it, the first if None."""
+    """Inputs of `op` for `sizes` (every letter of the registry's sizes) and a variant of it, the first if None.
+
+    An op that does not compute in `dtype` (routing) gets fp32.
+    """
+    dtype = dtype if str(dtype).removeprefix("torch.") in OPS[op].dtypes else torch.float32
     variant = chosen(op, variant)
     choice = (VARIANTS[op][variant],) if variant else ()
     built = BUILDERS[op](Draw(dtype, device, seed), *choice, **sizes)

@@ -17,9 +17,11 @@ from tigon.bench.workloads import Workload
 
 NAMES = (
     "transformers",
+    "transformers_grouped_mm",
     "mamba_ssm",
     "torch_eager",
     "torch_scaled_mm",
+    "torch_grouped_mm",
     "torchao",
     "modelopt",
 )

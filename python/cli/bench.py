@@ -83,7 +83,7 @@ def dry_run(op: str, sizes: dict[str, int], variant: str | None, args) -> None:
         f"  {counted.bytes / 1e6:.4g} MB, {counted.flops / 1e9:.4g} GFLOP, "
         f"{counted.flops / counted.bytes:.3g} FLOP a byte"
     )
-    print(tigon.explain(op, **load.inputs, **load.options, arch=own_arch() or args.arch), "\n")
+    print(tigon.explain(op, **load.call(), arch=own_arch() or args.arch), "\n")
 
 
 def measure(op: str, sizes: dict[str, int], variant: str | None, args, device, records) -> int:

@@ -35,7 +35,7 @@ def run(args) -> int:
             return cli.USAGE
         with arguments.backend(args):
             try:
-                chosen = tigon.explain(op, **work.inputs, **work.options)
+                chosen = tigon.explain(op, **work.call())
                 rows = verify.verify(work)
             except (ValueError, TypeError) as error:
                 print(error)

@@ -35,7 +35,7 @@ def run(args) -> int:
         )
         arch = args.arch or own_arch()
         with arguments.backend(args):
-            found = tigon.explain(args.op, **work.inputs, **work.options, arch=arch)
+            found = tigon.explain(args.op, **work.call(), arch=arch)
     except (ValueError, TypeError) as error:
         print(error)
         return cli.USAGE
@@ -46,7 +46,7 @@ def run(args) -> int:
         print(json.dumps(described(found, sizes, args.dtype), indent=2))
     else:
         shape = ", ".join(f"{k}={v}" for k, v in sizes.items())
-        print(" ".join(filter(None, (work.variant, shape, args.dtype))))
+        print(" ".join(filter(None, (work.variant, shape, str(work.dtype).removeprefix("torch.")))))
         print(found)
     return cli.OK
 
