@@ -20,7 +20,8 @@ from tigon.ops.quantized import QuantizedTensor
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
 _OPERANDS = (
     "Tensor a, Tensor? a_scale, Tensor? a_tensor_scale, str a_format, bool a_swizzled, "
-    "Tensor b, Tensor? b_scale, Tensor? b_tensor_scale, str b_format, bool b_swizzled, int k, Tensor? bias, bool relu2"
+    "Tensor b, Tensor? b_scale, Tensor? b_tensor_scale, str b_format, bool b_swizzled, "
+    "SymInt k, Tensor? bias, bool relu2"
 )
 _OUTER = ("fp8-tensor", "fp8-row")
 PAIRS = {
@@ -42,6 +43,8 @@ def _mm(*args):
 def _mm_out(*args):
     operands, (out, accumulate) = args[:-2], args[-2:]
     _run(operands, out.dtype, out, accumulate)
+    if not out.is_inference():  # autograd is told: a kernel writes where it does not look
+        torch.autograd.graph.increment_version(out)
 
 
 def _run(operands, out_dtype, out, accumulate):
@@ -92,7 +95,7 @@ def scaled_mm(
         bias: (n) fp32, bf16 or fp16, added in fp32.
         activation: None, or "relu2": relu(.)^2 after the bias.
         out_dtype: fp32, bf16 or fp16.
-        out: (m,n) to write to, its rows strided at will; its dtype is then the output's.
+        out: (m,n) to write to, its rows strided at will, apart from the inputs; its dtype is then the output's.
         accumulate: add to `out`, which must be fp32.
 
     Returns:
@@ -104,30 +107,66 @@ def scaled_mm(
     check = Check("scaled_mm")
     left, m, k = _operand(check, "a", a, plain=True)
     right, n, width = _operand(check, "b", b, plain=False)
-    check.require(k == width, f"a has k={k} columns, b has {width}")
+    if k != width:  # spelled out here only: a symbolic size that is printed is fixed for good
+        check.fail(f"a has k={k} columns, b has {width}")
     if (left[3], right[3]) not in PAIRS:
         known = "; ".join(f"{x} x {y}" for x, y in PAIRS)
         check.fail(f"{left[3]} x {right[3]} is not supported; these are: {known}", TypeError)
     check.sizes |= {"m": m, "n": n}
     check.source |= {"m": "a", "n": "b"}
     check.tensor("bias", bias, "n", dtypes=OUTPUTS, optional=True)
+    bias = inner("bias", bias, 1)
     one_of(check, "activation", activation, (None, "relu2"))
     check.no_gradient("FP8Linear or NVFP4Linear", a=left[0], bias=bias)
     if out is not None:
         check.tensor("out", out, "m n", dtypes=(torch.float32,) if accumulate else OUTPUTS)
         check.require(out.stride(1) == 1 or n < 2, "out must have contiguous rows")
+        check.require(m < 2 or out.stride(0) >= n, "out must have rows that do not overlap")
+        _check_apart(check, out, a=left[:3], b=right[:3], bias=(bias,))
         check.no_gradient("FP8Linear or NVFP4Linear", out=out)
     else:
         check.require(not accumulate, "accumulate needs out")
         if out_dtype not in OUTPUTS:
             check.fail(f"out_dtype={out_dtype} is not one of {names(OUTPUTS)}", TypeError)
-    operands = (*left, *right, k, inner("bias", bias, 1), activation is not None)
+    operands = (*left, *right, k, bias, activation is not None)
     sizes = {"m": m, "n": n, "k": k, "itemsize": left[0].element_size()}
     sizes |= {"a_format": left[3], "b_format": right[3], "swizzled": left[4] and right[4]}
     if out is None:
         return call("scaled_mm", left[0], (*operands, out_dtype), sizes)
     call("scaled_mm", left[0], (*operands, out, accumulate), sizes, registered="scaled_mm_out")
     return out
+
+
+def _check_apart(check: Check, out: Tensor, **inputs: tuple[Tensor | None, ...]) -> None:
+    """No input lies where `out` does: some programs would read what others have written."""
+    if torch.compiler.is_compiling() or type(out) is not Tensor or out.is_meta:
+        return  # there are no addresses
+    for name, tensors in inputs.items():
+        for t in tensors:
+            check.require(t is None or _apart(out, t), f"out lies on memory of {name}")
+
+
+def _apart(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors with contiguous rows share no byte; columns of one buffer do not."""
+    if not a.numel() or not b.numel():
+        return True
+    (start, width, pitch, rows), (at, wide, step, count) = _bytes(a), _bytes(b)
+    if at >= start + (rows - 1) * pitch + width or start >= at + (count - 1) * step + wide:
+        return True
+    if rows > 1 and count > 1 and pitch != step:
+        return False
+    pitch = pitch if rows > 1 else step
+    if rows == count == 1 or pitch == 0:
+        return False
+    between = (at - start) % pitch
+    return between >= width and between + wide <= pitch
+
+
+def _bytes(t: Tensor) -> tuple[int, int, int, int]:
+    """(address, bytes of a row, bytes from row to row, rows)"""
+    size, rows = t.element_size(), t.shape[0] if t.dim() == 2 else 1
+    width = t.shape[-1] if t.dim() else 1
+    return t.data_ptr(), width * size, t.stride(0) * size if rows > 1 else 0, rows
 
 
 def _operand(check: Check, name: str, t: Tensor | QuantizedTensor, plain: bool):

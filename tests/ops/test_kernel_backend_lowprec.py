@@ -99,6 +99,18 @@ def test_a_product_of_quantized_matrices(device):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_autograd_sees_that_out_was_written(device):
+    x, w = torch.ones(4, 32, device=device), tigon.quantize_nvfp4(torch.ones(8, 32, device=device))
+    factor, out = (
+        torch.ones(4, 8, device=device, requires_grad=True),
+        torch.ones(4, 8, device=device),
+    )
+    y = (factor * out).sum()
+    tigon.scaled_mm(x, w, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_the_kernels_really_run(device):
     for op in ("quantize_nvfp4", "quantize_mxfp8", "quantize_fp8", "dequantize", "scaled_mm"):
         assert dispatch.select(op, device, torch.bfloat16).backend in ("triton", "cuda")

@@ -123,6 +123,40 @@ def test_nothing_waits_for_the_device(no_host_sync):
         tigon.scaled_mm(operand(x, left), operand(w, right))
 
 
+def test_one_graph_serves_any_number_of_tokens_even_where_they_are_contracted():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def step(x):
+        row, column = tigon.quantize_fp8(x, axis="both")
+        return tigon.scaled_mm(column, column), row.dequantize()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=True)
+    for tokens in (5, 18, 33):
+        x = torch.randn(tokens, 40)
+        assert all(map(torch.equal, compiled(x), step(x)))
+    assert len(graphs) == 1
+
+
+def test_out_may_be_columns_beside_an_input_but_not_lie_on_one():
+    w = tigon.quantize_nvfp4(torch.randn(6, 40))
+    buffer = torch.randn(9, 60)
+    a, beside = buffer[:4, :40], buffer[:4, 40:46]
+    want = tigon.scaled_mm(a, w, out_dtype=torch.float32)
+    assert torch.equal(tigon.scaled_mm(a, w, out=beside), want)
+    one, above = buffer[:1, :40], buffer[1:2, :6]
+    torch.testing.assert_close(tigon.scaled_mm(one, w, out=above), want[:1])
+    for out in (buffer[:4, 36:42], buffer[3:7, :6], buffer.flatten()[61:85].view(4, 6)):
+        with pytest.raises(ValueError, match="out lies on memory of a"):
+            tigon.scaled_mm(a, w, out=out)
+    with pytest.raises(ValueError, match="out lies on memory of bias"):
+        tigon.scaled_mm(torch.ones(9, 40), w, out=buffer[:, :6], bias=buffer[4, :6])
+
+
 def test_wrong_arguments_are_named():
     x, w = torch.randn(4, 40), tigon.quantize_nvfp4(torch.randn(6, 40))
     fp8 = tigon.quantize_fp8(x)
@@ -156,6 +190,12 @@ def test_wrong_arguments_are_named():
             "out has dtype float16",
         ),
         ((x, w), {"out": torch.empty(6, 4).T}, ValueError, "out must have contiguous rows"),
+        (
+            (x, w),
+            {"out": torch.empty(1, 6).expand(4, 6)},
+            ValueError,
+            "out must have rows that do not overlap",
+        ),
         ((x, w), {"out_dtype": torch.int8}, TypeError, "out_dtype=torch.int8 is not one of"),
         ((x.double(), w), {}, TypeError, "a has dtype float64"),
         ((tigon.quantize_nvfp4(torch.ones(2, 3, 40)), w), {}, ValueError, "expected a matrix"),
