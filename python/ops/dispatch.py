@@ -222,6 +222,11 @@ def call(
     return getattr(torch.ops.tigon, registered or op)(*args)
 
 
+def is_explaining() -> bool:
+    """Whether `explain` asks: nothing is computed or drawn then."""
+    return _recording is not None
+
+
 def copied(name: str, t: Tensor, why: str) -> Tensor:
     """A contiguous copy of `t`; `explain` tells of it."""
     if _recording is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tigon.ops.checks import Check, names
-from tigon.ops.dispatch import call, inner, run
+from tigon.ops.dispatch import call, inner, is_explaining, run
 from tigon.ops.library import register
 from tigon.ops.quantized import (
     FP8_DTYPES,
@@ -152,8 +152,8 @@ register(
     _statistics_fake,
 )
 register(
-    f"quantize_nvfp4({_PROLOGUE}, Tensor? seed, int offset, Tensor? hadamard, Tensor? amax, bool per_row, bool square, "
-    "str rounding, str four_over_six, bool row, bool column, bool swizzled) "
+    f"quantize_nvfp4({_PROLOGUE}, Tensor? seed, SymInt offset, Tensor? hadamard, Tensor? amax, "
+    "bool per_row, bool square, str rounding, str four_over_six, bool row, bool column, bool swizzled) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _nvfp4,
     _nvfp4_fake,
@@ -170,8 +170,8 @@ register(
     _fp8_fake,
 )
 register(
-    "dequantize(Tensor codes, Tensor scale, Tensor? tensor_scale, str format, int k, bool swizzled, ScalarType dtype) "
-    "-> Tensor",
+    "dequantize(Tensor codes, Tensor scale, Tensor? tensor_scale, str format, SymInt k, bool swizzled, "
+    "ScalarType dtype) -> Tensor",
     _dequantize,
     _dequantize_fake,
 )
@@ -219,27 +219,29 @@ class _Input:
             one_of(self.check, "prologue", prologue, ("relu2",))
             return None, None, None, "relu2"
         weight, z = getattr(prologue, "weight", None), getattr(prologue, "z", None)
-        eps = getattr(prologue, "eps", None)
-        if (
-            not isinstance(weight, Tensor)
-            or eps is None
-            or (isinstance(prologue, torch.nn.Module) and getattr(prologue, "group_size", None))
-        ):
+        eps, gated = getattr(prologue, "eps", None), isinstance(prologue, GatedRMSNorm)
+        if not isinstance(weight, Tensor) or eps is None or _is_other_norm(prologue):
             kind = type(prologue).__name__
+            hint = "; of a module with a gate, pass GatedRMSNorm(z, weight, …)"
             self.check.fail(
-                f"prologue must be None, 'relu2', RMSNorm or GatedRMSNorm, got {kind}", TypeError
+                f"prologue must be None, 'relu2', RMSNorm or GatedRMSNorm, got {kind}"
+                + (hint if hasattr(prologue, "group_size") else ""),
+                TypeError,
             )
+        if not eps >= 0:
+            self.check.fail(f"prologue.eps must not be negative, got {eps}")
         self.check.tensor("prologue.weight", weight, "k", dtypes=INPUTS)
-        self.check.tensor("prologue.z", z, dims, dtypes=(self.x.dtype,), optional=True)
+        self.check.tensor("prologue.z", z, dims, dtypes=(self.x.dtype,), optional=not gated)
         self.check.no_gradient("rms_norm before it", **{"prologue.weight": weight, "prologue.z": z})
         size = getattr(prologue, "group_size", None) or self.k
-        self.check.require(
-            size > 0 and self.k % size == 0, f"group_size={size} must divide k={self.k}"
-        )
+        if size <= 0 or self.k % size:
+            self.check.fail(f"group_size={size} must divide k={self.k}")
         last = z is not None and prologue.norm_before_gate
         z = None if z is None else self._matrix("prologue.z", z)
         kind = "norm" if z is None else "gate_last" if last else "gate_first"
         weight = inner("prologue.weight", weight, 1)
+        if is_explaining():
+            return z, weight, None, kind
         rstd = torch.ops.tigon.rms_statistics(self.x, z, weight, float(eps), size, last)
         return z, weight, rstd, kind
 
@@ -263,6 +265,13 @@ class _Input:
     def _logical(shape: tuple[int, ...], mixed: bool) -> tuple[int, ...]:
         """The shape of a copy. A last block that is mixed fills its padding too, so that belongs to it."""
         return (*shape[:-1], round_up(shape[-1], 16)) if mixed else shape
+
+
+def _is_other_norm(prologue: object) -> bool:
+    """Modules that have `weight` and `eps` but compute something else than an RMSNorm: with a mean, or a gate."""
+    others = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.modules.batchnorm._NormBase)
+    gated = isinstance(prologue, torch.nn.Module) and hasattr(prologue, "group_size")
+    return gated or isinstance(prologue, others)
 
 
 def one_of(check: Check, name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -304,7 +313,8 @@ def quantize_nvfp4(
             quantized. With axis="both" only the column-wise copy is. The copy's last size is then rounded up to 16: the
             padding of the last block holds values too, without which a product would lose them. Not for 16x16 blocks.
         amax: the largest magnitude, after prologue and Hadamard, where it is known: fp32 (), for axis="row" also one a
-            row (m), for "both" also one a copy (2). "row": every row gets a tensor scale of its own. None: found here.
+            row (m), for "both" also one a copy (2); for 16x16 blocks () only. "row": every row gets a tensor scale of
+            its own. None: found here.
         four_over_six: per block, map its largest element to 6 or to 4, whichever has the smaller absolute or squared
             error (ties: 6); the tensor scale is then amax/1536. Only with rounding="nearest".
         axis: blocks along K ("row"), along the rows ("column": the quantized transpose, shape (K, M)), or both from
@@ -330,14 +340,15 @@ def quantize_nvfp4(
     square, random = block == "16x16", rounding != "nearest"
     check.require(not (square and hadamard is not None), "hadamard is not for block='16x16'")
     check.require(not (four_over_six and random), "four_over_six needs rounding='nearest'")
-    check.require(0 <= offset < 2**62, f"offset={offset} must lie in [0, 2^62)")
+    if not 0 <= offset < 2**62:
+        check.fail(f"offset={offset} must lie in [0, 2^62)")
     check.tensor("hadamard", hadamard, "16", optional=True)
     if hadamard is not None:
         given.mixed = (not given.column, given.column)
     per_row, amax = _amax(given, amax, square)
     results = given.call(
         make_seed(check, seed, device) if random else None,
-        int(offset),
+        offset,
         None if hadamard is None else hadamard.float().contiguous(),
         amax,
         per_row,
@@ -384,20 +395,25 @@ def _amax(given: _Input, amax, square: bool) -> tuple[bool, Tensor | None]:
         check.tensor("amax", amax, "m", dtypes=(torch.float32,))
         return True, amax.contiguous()
     if both:
-        check.one_of("amax", amax, "", "2", dtypes=(torch.float32,))
+        # Square blocks have the same scales in both copies, so these have one amax.
+        shapes = ("",) if square else ("", "2")
+        check.one_of("amax", amax, *shapes, dtypes=(torch.float32,))
         return False, amax.expand(2).contiguous()
     check.tensor("amax", amax, "", dtypes=(torch.float32,))
     return False, amax
 
 
 def make_seed(check: Check, seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """An int64 tensor () on the device; no wait."""
+    """An int64 tensor () on the device; no wait. Nothing is drawn while explaining."""
+    if seed is None and is_explaining():
+        return None
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         check.tensor("seed", seed, "", dtypes=(torch.int64,))
         return seed
-    check.require(-(2**63) <= seed < 2**64, f"seed={seed} does not fit 64 bits")
+    if not -(2**63) <= seed < 2**64:
+        check.fail(f"seed={seed} does not fit 64 bits")
     seed = seed - 2**64 if seed >= 2**63 else seed
     return torch.full((), seed, dtype=torch.int64, device=device)
 

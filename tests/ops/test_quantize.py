@@ -348,6 +348,32 @@ def test_seeds():
     equal(draw(None), first)
 
 
+def test_explaining_draws_and_computes_nothing(monkeypatch):
+    monkeypatch.setattr("tigon.ops.quantize.run", None)
+    state = torch.get_rng_state()
+    told = tigon.explain(
+        "quantize_nvfp4", torch.ones(4, 8), rounding="stochastic", prologue=RMSNorm(torch.ones(8))
+    )
+    assert told.op == "quantize_nvfp4" and torch.equal(torch.get_rng_state(), state)
+
+
+def test_one_graph_serves_all_seeds_and_offsets():
+    graphs, x = [], torch.randn(5, 48)
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def codes(seed, offset):
+        return tigon.quantize_nvfp4(x, rounding="stochastic", seed=seed, offset=offset).codes
+
+    torch._dynamo.reset()
+    compiled = torch.compile(codes, fullgraph=True, backend=backend, dynamic=True)
+    for i in range(3, 6):
+        assert torch.equal(compiled(i, i * 240), codes(i, i * 240))
+    assert len(graphs) == 1
+
+
 WRONG = [
     (dict(block="32x32"), ValueError, "block='32x32' is not one of '1x16', '16x16'"),
     (dict(rounding="up"), ValueError, "rounding='up' is not one of"),
@@ -367,6 +393,11 @@ WRONG = [
     (dict(amax="row", axis="both"), ValueError, "amax='row' needs axis='row'"),
     (dict(amax=torch.ones(3)), ValueError, "amax has shape (3,), expected (m) with m=4 (from x)"),
     (dict(amax=torch.ones(3), axis="both"), ValueError, "amax has shape (3,), expected (2)"),
+    (
+        dict(amax=torch.ones(2), axis="both", block="16x16"),
+        ValueError,
+        "amax has shape (2,), expected ()",
+    ),
     (dict(prologue="gelu"), ValueError, "prologue='gelu' is not one of 'relu2'"),
     (
         dict(prologue=RMSNorm(torch.ones(7))),
@@ -377,6 +408,22 @@ WRONG = [
         dict(prologue=GatedRMSNorm(torch.ones(4, 8), torch.ones(8), group_size=3)),
         ValueError,
         "group_size=3 must divide",
+    ),
+    (
+        dict(prologue=GatedRMSNorm(None, torch.ones(8))),
+        TypeError,
+        "prologue.z must be a Tensor, got NoneType",
+    ),
+    (
+        dict(prologue=RMSNorm(torch.ones(8), -1.0)),
+        ValueError,
+        "prologue.eps must not be negative, got -1.0",
+    ),
+    (dict(prologue=torch.nn.LayerNorm(8)), TypeError, "or GatedRMSNorm, got LayerNorm"),
+    (
+        dict(prologue=tigon.modules.GatedRMSNorm(8)),
+        TypeError,
+        "got GatedRMSNorm; of a module with a gate, pass GatedRMSNorm(z, weight, …)",
     ),
     (
         dict(prologue=torch.nn.GELU()),
