@@ -234,7 +234,8 @@ class QuantizedLinear(nn.Linear):
                 f"{type(self).__name__}: x has shape {tuple(x.shape)}, expected (..., {self.in_features})"
             )
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        cast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)  # meta knows no autocast
+        dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
         return self._frozen_forward(x, dtype) if self.frozen else self._training_forward(x, dtype)
 
     def _frozen_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -245,8 +246,10 @@ class QuantizedLinear(nn.Linear):
 
     def _training_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         main_grad = getattr(self.weight, "main_grad", None)
+        # autograd.Function sees requires_grad, not the mode: without it no copy for dW is made
+        weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
         return TrainingProduct.apply(
-            *(x, self.weight, self.bias, self._quantizers(), dtype, main_grad),
+            *(x, weight, self.bias, self._quantizers(), dtype, main_grad),
             *self._randomness(x),
         )
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from quantized_products import run
 from torch import nn
+from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
-from tigon.modules import FP8Linear, NVFP4Linear
+from tigon.modules import FP8Linear, NVFP4Linear, fp8_linear, nvfp4_linear
 
 K, N = 40, 24
 KINDS = [
@@ -140,6 +141,50 @@ def test_compiled_whole_with_the_same_results(kind, frozen):
             layer.zero_grad()
         for a, b in zip(*results):
             assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_one_graph_trains_on_any_number_of_tokens(kind):
+    layer, graphs = _layer(kind), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+    for rows in (41, 65, 90):  # more than one block, and no other size
+        results = []
+        for function in (layer, compiled):
+            torch.manual_seed(2)
+            results.append(run(function, torch.ones(rows, K), torch.ones(rows, N)))
+        assert all(map(torch.equal, *results))
+    assert len(graphs) == 1
+
+
+def test_without_gradients_x_is_quantized_along_its_rows_only(kind, monkeypatch):
+    axes = []
+
+    def noting(quantize):
+        return lambda t, **options: (
+            axes.append(options.get("axis", "row")) or quantize(t, **options)
+        )
+
+    for module in (fp8_linear, nvfp4_linear):
+        for name in {"quantize_fp8", "quantize_mxfp8", "quantize_nvfp4"} & vars(module).keys():
+            monkeypatch.setattr(module, name, noting(getattr(module, name)))
+    layer, x = _layer(kind), torch.randn(7, K)
+    y = layer(x)
+    assert len(axes) > 2 or "both" in axes
+    axes.clear()
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+    assert axes == ["row", "row"]
+
+
+def test_layers_on_the_meta_device_give_shapes(kind):
+    for frozen in (False, True):
+        layer = _layer(kind, frozen=frozen).to("meta")
+        assert layer(torch.empty(2, 3, K, device="meta")).shape == (2, 3, N)
 
 
 def test_nothing_waits_for_the_device(kind, no_host_sync):
