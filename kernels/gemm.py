@@ -51,10 +51,11 @@ class _Operand:
         return self.codes, self.scale, self.outer
 
     def is_aligned(self) -> bool:
-        """Rows of codes, and tiles of scales, start on 16 bytes."""
-        size = self.codes.element_size()
+        """Rows of codes, and tiles of scales, start on 16 bytes; no row is empty or overlaps the next: TMA's wishes."""
+        size, width = self.codes.element_size(), self.codes.shape[1]
         starts = [self.codes, self.scale] if self.swizzled else [self.codes]
-        return _pitch(self.codes) * size % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in starts)
+        whole = 0 < width <= _pitch(self.codes) and _pitch(self.codes) * size % 16 == 0
+        return whole and all(t.data_ptr() % 16 == 0 for t in starts)
 
     def pitches(self):
         """(of codes, of block scales, of outer scales)"""

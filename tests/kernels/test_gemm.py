@@ -329,6 +329,26 @@ def test_addresses_are_64_bit(device):
     assert torch.equal(got, gemm.scaled_mm(a[0], *rest))
 
 
+def test_tma_gets_no_empty_or_overlapping_rows(device, monkeypatch):
+    """Tensor descriptors have no size 0, and rows that are at least as far apart as they are long."""
+    plans = []
+    monkeypatch.setattr(gemm, "plan", lambda *a, **k: plans.append(k) or plan(*a, **k))
+    buffer = torch.randn(80, 64, device=device).bfloat16()
+    for a, aligned in (
+        (buffer, True),
+        (buffer[:1].expand(80, 64), False),
+        (buffer.as_strided((80, 64), (16, 1)), False),
+        (buffer[:, :0], False),
+    ):
+        _, b = operands(("plain", "nvfp4"), (1, 70, a.shape[1]), torch.float32, device)
+        side = a, None, None, "plain", False
+        rest = a.shape[1], None, False, torch.float32, None, False
+        with assume(90):
+            got = gemm.scaled_mm(*side, *b, *rest)
+        check(got, side, b, a.shape[1], None, False)
+        assert plans.pop()["aligned"] is aligned
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("formats", COMBINATIONS, ids="-".join)
 def test_the_launch_table_covers_every_shape(arch, formats):
