@@ -98,8 +98,9 @@ def plan_dequantize(m: int, k: int, out: str, codes: str) -> Launch:
     """The launch of ``dequantize``: 8 elements of 4 rows a thread, up to a block's width of a row."""
     lanes = lanes_of(k)
     blocks = ceil_div(k, lanes * PIECE) * ceil_div(m, THREADS // lanes * ROWS)
-    if max(m, k) > LONGEST or blocks > MAX_BLOCKS:
-        raise ValueError(f"dequantize: ({m}, {k}) is over {LONGEST} rows or columns")
+    longest = 2**31 - THREADS * PIECE  # what a block reaches past the end is counted in 32 bits
+    if max(m, k) > longest or blocks > MAX_BLOCKS:
+        raise ValueError(f"dequantize: ({m}, {k}) is over {longest} rows or columns")
     instance = f"tigon::dequantize<tigon::{out}, tigon::{codes}>"
     return Launch("dequantize.cu", instance, (blocks, 1), THREADS, 0)
 
@@ -397,7 +398,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """(m,k) of `dtype`: fp32, bf16 or fp16. format: "nvfp4", "mxfp8", "fp8-tensor", "fp8-row", "fp8-1x128",
-    "fp8-128x128". Raises as quantize_nvfp4."""
+    "fp8-128x128". Raises as quantize_nvfp4, for more than 2^31 - 2048 rows or columns."""
     import torch
 
     m = codes.shape[0]

@@ -81,6 +81,9 @@ def test_quantizer_plans_cover_the_matrix_within_every_chips_shared_memory():
     for refused in ((2**31 - 1, 1), (1, 2**31 - 1), (2**24, 2**24)):
         with pytest.raises(ValueError, match="quantize_fp8"):
             quantize.plan_quantize_fp8(*refused, "bf16", False)
+    for m, k in ((2**31 - 2047, 1), (1, 2**31 - 2047)):  # a block reaches past 2^31 - 1
+        with pytest.raises(ValueError, match="dequantize"):
+            quantize.plan_dequantize(m, k, "bf16", "Nvfp4")
 
 
 def test_plan_depends_on_neither_batch_nor_tokens():
