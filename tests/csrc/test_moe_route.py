@@ -117,6 +117,14 @@ def test_a_huge_bias_chooses_and_does_not_weigh(kernels):
     assert (got["weights"] <= 1).all()
 
 
+def test_a_group_with_both_infinities_comes_first(kernels):
+    """Its sum is NaN, which torch sorts before all numbers."""
+    bias = torch.tensor([0.0, 0, 0, 0, INF, -INF, 0, 0])
+    case = route_arguments(3, 8, 2, bias=bias, groups=4, top_groups=1)
+    got = check_route(moved(case, kernels), exact=True)
+    assert got["indices"].tolist() == [[4, 5]] * 3
+
+
 @pytest.mark.parametrize("sums", [False, True])
 def test_no_tokens(kernels, sums):
     case = route_arguments(0, 12, 3, sums=sums, z_loss=sums, cu_seqlens=bounds("int32", 0))
