@@ -271,3 +271,17 @@ def test_any_routing_gives_transformers_outputs_and_keeps_its_laws(case):
     one = F.linear(F.linear(x, up[0]).relu().square(), down[0])
     got = tigon.moe_experts(x, *alike, routing, **options)
     torch.testing.assert_close(got, SCALE * one * live[:, None])
+
+
+def test_a_skipped_choice_gives_nothing_whatever_its_weight():
+    x, up, down = (torch.randn(s) for s in ((3, 4), (2, 6, 4), (2, 4, 6)))
+    indices = torch.tensor([[0, 2], [1, -1], [1, 0]], dtype=torch.int32)
+    weights = torch.tensor([[1, torch.nan], [1, torch.inf], [1, 1]])
+    for placement in ("after_down", "before_down"):
+        options = {"weight_placement": placement}
+        given = tigon.moe_sort(indices, weights.requires_grad_(), experts=2)
+        y = tigon.moe_experts(x, up, down, given, **options)
+        clean = tigon.moe_sort(indices, weights.detach().nan_to_num(0, 0), experts=2)
+        torch.testing.assert_close(y, tigon.moe_experts(x, up, down, clean, **options))
+        (dw,) = torch.autograd.grad(y.sum(), weights)
+        assert dw.isfinite().all() and dw[0, 1] == dw[1, 1] == 0
