@@ -188,10 +188,12 @@ def _cleared(y: Tensor, places: _Places) -> Tensor:
     return y
 
 
-def grouped_mm_backward(dy: Tensor, x: Tensor, w: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def grouped_mm_backward(
+    dy: Tensor, x: Tensor, w: Tensor, offsets: Tensor, invariant: bool = False
+) -> tuple[Tensor, Tensor]:
     """(dx, dw); an expert without rows gets exact zeros."""
     (rows, k), (e, n, _) = x.shape, w.shape
-    configs = _plan("grouped_mm_backward", x, rows=rows, e=e, n=n, k=k)
+    configs = _plan("grouped_mm_backward", x, rows=rows, e=e, n=n, k=k, batch_invariant=invariant)
     places = _Places(rows, offsets, 0, e)
     dx = _multiply(dy, _Matrices(w), k, places, configs["multiply_rows"], transposed=True)
     dw = _gradient(dy, x, w, None, False, places, configs["weight_gradient"])

@@ -163,8 +163,10 @@ def plan_grouped_mm(
 
 
 def plan_grouped_mm_backward(
-    arch: int, *, rows: int, e: int, n: int, k: int, itemsize: int, **_: int
-) -> dict[str, object]:
+    arch: int, *, rows: int, e: int, n: int, k: int, itemsize: int, batch_invariant: bool = False, **_: int
+) -> dict[str, object]:  # fmt: skip
     """Configs of `multiply_rows` (dx, a sum over n) and `weight_gradient`."""
-    product = plan_grouped_mm(arch, rows=rows, e=e, n=k, k=n, itemsize=itemsize)
+    product = plan_grouped_mm(
+        arch, rows=rows, e=e, n=k, k=n, itemsize=itemsize, batch_invariant=batch_invariant
+    )
     return product | {"weight_gradient": gradient_tiles(arch, n, k, itemsize, False)}

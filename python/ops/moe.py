@@ -230,7 +230,7 @@ def _grouped(x, *rest):
 
 
 def _grouped_backward(dy, x, *rest):
-    return run("grouped_mm_backward", x, dy, x, *rest)
+    return run("grouped_mm_backward", x, dy, x, *rest, is_batch_invariant())
 
 
 def _contiguous_like(t):

@@ -73,12 +73,14 @@ def _gradients(dw: Tensor, d: Tensor, x: Tensor, rows: list[int], accumulate: bo
             out.copy_(left.T @ right)
 
 
-def grouped_mm_backward(dy: Tensor, x: Tensor, w: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def grouped_mm_backward(
+    dy: Tensor, x: Tensor, w: Tensor, offsets: Tensor, invariant: bool = False
+) -> tuple[Tensor, Tensor]:
     """(dx, dw); an expert without rows gets exact zeros."""
     rows = _rows(offsets, x.shape[0])
     dw = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     _gradients(dw, dy[: sum(rows)], x[: sum(rows)], rows, False)
-    return grouped_mm(dy, w.mT, offsets), dw
+    return grouped_mm(dy, w.mT, offsets, invariant), dw
 
 
 def weight(codes, scale, outer, format: str, width: int, dtype: torch.dtype) -> Tensor:

@@ -174,6 +174,20 @@ def test_in_batch_invariant_mode_a_token_alone_is_the_token_among_many(activatio
             )
 
 
+def test_in_batch_invariant_mode_a_row_of_grouped_mm_and_its_gradient_do_not_feel_the_others():
+    w, x, dy = torch.randn(1, 200, 160), torch.randn(37, 160), torch.randn(37, 200)
+
+    def both(rows):
+        part = x[rows].clone().requires_grad_()
+        y = tigon.grouped_mm(part, w, torch.tensor([0, len(part)], dtype=torch.int32))
+        return y.detach(), *torch.autograd.grad(y, part, dy[rows])
+
+    with tigon.batch_invariant():
+        whole = both(slice(0, 37))
+        for rows in (slice(0, 1), slice(20, 21), slice(3, 36)):
+            assert all(torch.equal(a, b[rows]) for a, b in zip(both(rows), whole, strict=True))
+
+
 @pytest.mark.parametrize("format", ["nvfp4", "fp8-tensor", "fp8-row"])
 def test_quantized_experts_equal_their_dequantized_ones(format):
     routing = route(9, 4, 2, torch.float32)
