@@ -61,11 +61,9 @@ class ShardedExperts(nn.Module):
                 part, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
             )
             self.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
-        owner = torch.arange(self.total, device=experts.down_proj.device) // share
-        self.register_buffer("owner", owner, persistent=False)
-        self.register_buffer(
-            "dropped", torch.zeros((), dtype=torch.int64, device=owner.device), persistent=False
-        )
+        self.share = share
+        dropped = torch.zeros((), dtype=torch.int64, device=experts.down_proj.device)
+        self.register_buffer("dropped", dropped, persistent=False)
 
     def _local(self, name: str) -> Tensor:
         weight = getattr(self, name)
@@ -74,7 +72,9 @@ class ShardedExperts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         group = self.mesh.get_group()
-        way = plan(routing.indices, self.owner, group, self.capacity)
+        # Not a buffer: `to_empty` after a start on "meta" would leave anything in it.
+        owner = torch.arange(self.total, device=x.device) // self.share
+        way = plan(routing.indices, owner, group, self.capacity)
         if self.capacity is not None:
             self.dropped += way.dropped
         indices = send(routing.indices, way, group, fill=self.total)

@@ -55,3 +55,28 @@ def test_the_example_trains():
         float(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("step")
     ]
     assert len(losses) == 2 and losses[1] < losses[0]
+
+
+def test_experts_sharded_on_meta_know_their_owners_after_to_empty():
+    code = """
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from tigon.distributed import ExpertParallel
+from tigon.modules import LatentMoE
+
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+mesh, sizes = init_device_mesh("cpu", (1,)), (16, 8, 4, 8, 2, None)
+whole, late = LatentMoE(*sizes), LatentMoE(*sizes, device="meta")
+for layer in (whole, late):
+    ExpertParallel(mesh).shard(layer)
+late.to_empty(device="cpu")
+for buffer in late.buffers():
+    buffer.fill_(7)  # to_empty leaves anything
+late.load_state_dict(whole.state_dict())
+x = torch.randn(3, 16)
+assert torch.equal(whole(x), late(x))
+"""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
