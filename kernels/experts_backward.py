@@ -25,7 +25,7 @@ def load_kept(kept_ptr, row, mask, column):
 def activation_gradient(
     dy_ptr, x_ptr, up_ptr, down_ptr, weights_ptr, kept_ptr, dh_ptr, act_ptr, shares_ptr,
     tiles_ptr, order_ptr, offsets_ptr, experts, choices, top_k, m, l, dy_pitch, x_pitch,
-    SWIGLU: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    SWIGLU: tl.constexpr, WHOLE: tl.constexpr, ROWS_LEFT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """kept_ptr: None if h is computed again. shares (column blocks, choices) fp32."""
@@ -44,12 +44,12 @@ def activation_gradient(
         mask = live[:, None] & (column < m)[None, :]
         g = multiply_tile(
             down_ptr, None, expert, column, m, dy_ptr, token, 0, l, l, m, 0, dy_pitch,
-            "plain", False, True, False, WHOLE, PRECISION, BLOCK_K, UPCAST,
+            "plain", False, True, False, WHOLE, ROWS_LEFT, PRECISION, BLOCK_K, UPCAST,
         )  # fmt: skip
         if kept_ptr is None:
             h = multiply_tile(
                 up_ptr, None, expert, source, width, x_ptr, token, 0, l, l, l, 0, x_pitch,
-                "plain", False, False, False, WHOLE, PRECISION, BLOCK_K, UPCAST,
+                "plain", False, False, False, WHOLE, ROWS_LEFT, PRECISION, BLOCK_K, UPCAST,
             )  # fmt: skip
             h = rounded(h, DTYPE, UPCAST)
             if SWIGLU:

@@ -46,7 +46,7 @@ def up_activate(
     tiles_ptr, indices_ptr, order_ptr, offsets_ptr, first, experts,
     top_k, m, l, x_pitch, w_pitch, scale_pitch, outer_step,
     FORMAT: tl.constexpr, E5M2: tl.constexpr, FOLDED: tl.constexpr, SWIGLU: tl.constexpr, KEEP_RELU: tl.constexpr,
-    QUADS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    QUADS: tl.constexpr, WHOLE: tl.constexpr, ROWS_LEFT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """weights_ptr: None if they come after the second product; kept_ptr: None if nothing is kept."""
@@ -68,7 +68,7 @@ def up_activate(
             w = tl.load(weights_ptr + choice)[:, None]
         acc = multiply_tile(
             w_ptr, scale_ptr, expert, source, width, x_ptr, token, 0, l, l, w_pitch, scale_pitch, x_pitch,
-            FORMAT, E5M2, False, QUADS, WHOLE, PRECISION, BLOCK_K, UPCAST,
+            FORMAT, E5M2, False, QUADS, WHOLE, ROWS_LEFT, PRECISION, BLOCK_K, UPCAST,
         )  # fmt: skip
         acc = scale_columns(acc, outer_ptr, expert, source, width, outer_step, FOLDED)
         h = rounded(acc, DTYPE, UPCAST)

@@ -129,7 +129,7 @@ def _multiply(
         multiply_rows[(items * triton.cdiv(n, config.columns), config.splits)](
             x, *w.pointers(), out, *found, rows, n, k, config.split_k or k, _pitch(x), *w.pitches(),
             **w.constants(), TRANSPOSED=transposed, SCATTER=scatter, QUADS=config.quads,
-            WHOLE=k % config.block_k == 0, **_tile(config),
+            WHOLE=k % config.block_k == 0, ROWS_LEFT=config.rows_left, **_tile(config),
         )  # fmt: skip
     return out
 
@@ -247,7 +247,7 @@ def moe_experts(
     up_activate[(items * triton.cdiv(m, config.columns),)](
         x, *one.pointers(), weights if before_down else None, a, kept, *found, k, m, l, _pitch(x), *one.pitches(),
         **one.constants(), SWIGLU=gates == 2, KEEP_RELU=save == "relu", QUADS=config.quads,
-        WHOLE=l % config.block_k == 0, **_tile(config),
+        WHOLE=l % config.block_k == 0, ROWS_LEFT=config.rows_left, **_tile(config),
     )  # fmt: skip
     sums = _multiply(a, other, l, places, configs["multiply_rows"], scatter=True)
     weights = None if before_down else weights
@@ -318,7 +318,7 @@ def _activation_gradient(
     activation_gradient[(items * blocks,)](
         dy, x, up, down, weights, kept, dh, act, shares, tiles, places.order, places.offsets, places.experts,
         rows, rows // x.shape[0], m, l, _pitch(dy), _pitch(x),
-        SWIGLU=gates == 2, WHOLE=l % config.block_k == 0, **_tile(config),
+        SWIGLU=gates == 2, WHOLE=l % config.block_k == 0, ROWS_LEFT=config.rows_left, **_tile(config),
     )  # fmt: skip
     dweights = torch.empty(rows, dtype=torch.float32, device=x.device)
     sum_shares[(triton.cdiv(rows, SHARES_BLOCK),)](

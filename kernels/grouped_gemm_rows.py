@@ -42,23 +42,29 @@ def load_weight(
 def multiply_tile(
     w_ptr, scale_ptr, expert, column, n, x_ptr, x_row, first, last, k, w_pitch, scale_pitch, x_pitch,
     FORMAT: tl.constexpr, E5M2: tl.constexpr, TRANSPOSED: tl.constexpr, QUADS: tl.constexpr, WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS_LEFT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(rows, columns) fp32: sum over k in [first, last) of x[x_row, k] w[column, k]. x_row int64, any rows."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    acc = tl.zeros((column.shape[0], x_row.shape[0]), tl.float32)
+    if ROWS_LEFT:
+        acc = tl.zeros((x_row.shape[0], column.shape[0]), tl.float32)
+    else:
+        acc = tl.zeros((column.shape[0], x_row.shape[0]), tl.float32)
     for step in range(first // BLOCK_K, tl.cdiv(last, BLOCK_K)):
         k0 = step * BLOCK_K
-        left = load_weight(
+        w = load_weight(
             w_ptr, scale_ptr, expert, column, n, k, k0, w_pitch, scale_pitch,
             FORMAT, E5M2, DTYPE, TRANSPOSED, QUADS, WHOLE, BLOCK_K, UPCAST,
         )  # fmt: skip
-        right = load_operand(
+        x = load_operand(
             x_ptr, None, x_row, 0, x_pitch, 0, k0, k,
             "plain", False, False, DTYPE, BLOCK_K, WHOLE, QUADS, False, UPCAST,
         )  # fmt: skip
-        acc = dot(left, right.T, acc, PRECISION, UPCAST)
-    return acc.T
+        if ROWS_LEFT:
+            acc = dot(x, w.T, acc, PRECISION, UPCAST)
+        else:
+            acc = dot(w, x.T, acc, PRECISION, UPCAST)
+    return acc if ROWS_LEFT else acc.T
 
 
 @triton.jit
@@ -77,7 +83,7 @@ def multiply_rows(
     tiles_ptr, indices_ptr, order_ptr, offsets_ptr, first, experts,
     rows, n, k, split_k, x_pitch, w_pitch, scale_pitch, outer_step,
     FORMAT: tl.constexpr, E5M2: tl.constexpr, FOLDED: tl.constexpr, TRANSPOSED: tl.constexpr, SCATTER: tl.constexpr,
-    QUADS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    QUADS: tl.constexpr, WHOLE: tl.constexpr, ROWS_LEFT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out (rows,n); with a second grid axis (segments of k), (segments, rows, n) partial sums.
@@ -98,7 +104,7 @@ def multiply_rows(
         acc = multiply_tile(
             w_ptr, scale_ptr, expert, column, n, x_ptr, here, begin, tl.minimum(begin + split_k, k), k,
             w_pitch, scale_pitch, x_pitch,
-            FORMAT, E5M2, TRANSPOSED, QUADS, WHOLE, PRECISION, BLOCK_K, UPCAST,
+            FORMAT, E5M2, TRANSPOSED, QUADS, WHOLE, ROWS_LEFT, PRECISION, BLOCK_K, UPCAST,
         )  # fmt: skip
         acc = scale_columns(acc, outer_ptr, expert, column, n, outer_step, FOLDED)
         if SCATTER:

@@ -18,9 +18,9 @@ LEAST_SPLIT = 512  # of k: a shorter segment is mostly prologue and epilogue
 class GroupedConfig:
     """A program multiplies (columns, block_k) of a matrix with (rows, block_k) at a time.
 
-    For a gradient of a matrix its tile is (columns, rows), block_k rows of the batch at a time. few: a program takes
-    all rows of an expert. splits: segments of k, of split_k each (0: all), that programs of their own take. quads: see
-    `quad_order`.
+    For a gradient of a matrix its tile is (columns, rows), block_k rows of the batch at a time. rows_left: the rows are
+    the MMA's left side, not the weights. quads: see `quad_order`. few: a program takes all rows of an expert. splits:
+    segments of k, of split_k each (0: all), that programs of their own take.
     """
 
     rows: int
@@ -30,6 +30,7 @@ class GroupedConfig:
     stages: int
     precision: str = "tf32"
     quads: bool = False
+    rows_left: bool = False
     few: bool = False
     splits: int = 1
     split_k: int = 0
@@ -59,7 +60,8 @@ def product_tiles(
     On sm_90 128 x 128 takes 123 to 128 registers and 96 KB, so that two programs share an SM; 256 x 128, 238 to 254 and
     192 KB, reads a third less from L2 (85 FLOP a byte for 64) and has the SM for itself: for a long k, whose start and
     end weigh little, and where few of its columns are beyond n. On sm_100 88 to 122 registers, and 228. 128 x 16 (few
-    rows): 72 to 128 registers, 72 KB, three programs an SM. mma.sync holds 128 x 128 in 152 to 198 registers.
+    rows): 72 to 128 registers, 72 KB, three programs an SM. mma.sync holds 128 x 128 in 134 to 204 registers, rows
+    on the left: a transposed matrix there would pass the registers on its way to shared memory.
 
     Codes are decoded in registers: of 128 k they would spill up to 104 bytes on sm_80, of 64 none (sm_90: 166). Few
     rows of NVFP4 take 128 k (227 registers; sm_120, where 8 bytes would spill, 64), FP8 64 (182; 128: 40 bytes).
@@ -77,7 +79,9 @@ def product_tiles(
         return GroupedConfig(rows, 128, 64, 8, 4 if hopper else 3)
     if hopper and rows == 128 and k >= LONG and -(-n // 256) * 256 <= 1.06 * n:
         return GroupedConfig(rows, 256, 64, 8, 4)
-    return GroupedConfig(rows, 128, 64 if hopper else 32, 8, 3)
+    if hopper:
+        return GroupedConfig(rows, 128, 64, 8, 3)
+    return GroupedConfig(rows, 128, 32, 8, 3, rows_left=True)
 
 
 def activation_tiles(
@@ -91,7 +95,7 @@ def activation_tiles(
     if again:
         most = 32 if itemsize == 4 else 64 if gates == 2 or arch >= 100 else 128
         tiles = replace(tiles, rows=min(tiles.rows, most))
-    return replace(tiles, columns=max(32, tiles.columns // gates))
+    return replace(tiles, columns=max(32, tiles.columns // gates), rows_left=False)
 
 
 def gradient_tiles(arch: int, n: int, k: int, itemsize: int, gather: bool) -> GroupedConfig:
@@ -133,8 +137,10 @@ def plan_moe_experts(
     up = replace(up, columns=up.columns // gates)
     down = product_tiles(arch, rows, l, m, itemsize, down_format or format)
     if t <= FEW and not batch_invariant:
-        up, down = replace(up, few=True), replace(down, few=True)
-        down = split(down, min(e, t * k), l, m, sms or SMS[arch])
+        sms, items = sms or SMS[arch], min(e, t * k)
+        idle = items * -(-m // up.columns) < sms
+        up = replace(up, few=True, columns=up.columns // 2 if idle else up.columns)
+        down = split(replace(down, few=True), items, l, m, sms)
     return {"up_activate": up, "multiply_rows": down, "combine": combine_tiles(t, l)}
 
 

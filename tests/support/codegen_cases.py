@@ -196,7 +196,12 @@ CASES = [
         for name, call, needs in GEMMS
     ),
     *(
-        Case(f"moe_experts {name}", call, (HALF, WIDE) if wide else (HALF,))
+        Case(
+            f"moe_experts {name}",
+            call,
+            (HALF, WIDE) if wide else (HALF,),
+            (HALF, torch.float16, WIDE) if wide else (HALF, torch.float16),
+        )
         for name, call, wide in EXPERTS
     ),
 ]

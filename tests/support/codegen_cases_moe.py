@@ -106,6 +106,7 @@ EXPERTS = [
         for t in (FULL, FEW)
     ),
     ("nano", forward(FULL, **NANO, save="relu"), False),
+    ("nano t1", forward(1, **NANO, save="nothing"), False),
     ("nano t8 fp8-row", forward(FEW, **NANO, save="nothing", format="fp8-row"), False),
     ("tails", forward(77, l=88, m=40, e=7, k=3), False),
     ("backward super", backward(FULL, **SUPER), True),
