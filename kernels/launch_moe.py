@@ -57,9 +57,9 @@ def product_tiles(
 ) -> GroupedConfig:
     """Tiles of a product with (n,k) matrices, for tiles of `rows` rows; nothing spills.
 
-    On sm_90 128 x 128 takes 123 to 128 registers and 96 KB, so that two programs share an SM; 256 x 128, 238 to 254 and
+    On sm_90 128 x 128 takes 123 to 128 registers and 96 KB, so that two programs share an SM; 256 x 128, 238 to 245 and
     192 KB, reads a third less from L2 (85 FLOP a byte for 64) and has the SM for itself: for a long k, whose start and
-    end weigh little, and where few of its columns are beyond n. On sm_100 88 to 122 registers, and 228. 128 x 16 (few
+    end weigh little, and where few of its columns are beyond n. On sm_100 103 to 122 registers, and 177. 128 x 16 (few
     rows): 72 to 128 registers, 72 KB, three programs an SM. mma.sync holds 128 x 128 in 134 to 204 registers, rows
     on the left: a transposed matrix there would pass the registers on its way to shared memory.
 
