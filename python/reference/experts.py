@@ -19,6 +19,7 @@ from tigon.reference.quantize import dequantize
 
 ROWS = 16  # of a tile in batch-invariant mode
 BLOCK = 2**17  # numbers of the hidden width that are worked on at once: they stay in a core's cache
+SMALL = 2**14  # numbers of a matrix that two threads multiply faster in a batch, on padded rows
 
 
 def product(a: Tensor, b: Tensor, invariant: bool, out: Tensor | None = None) -> Tensor:
@@ -45,6 +46,14 @@ def _products(
         if piece.shape[0]:
             product(piece, matrix, invariant, target)
     return out
+
+
+def _padded(rows: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(place, own) of a batch with equally many rows an expert: the row that each is, and where the rows are in it."""
+    count = torch.tensor(rows, device=device)[:, None]
+    each = torch.arange(max(rows), device=device)
+    place = (count.cumsum(0) - count + each).clamp_(max=sum(rows) - 1).flatten()
+    return place, torch.arange(place.shape[0], device=device)[(each < count).flatten()]
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -179,14 +188,23 @@ def moe_experts(
     gates = weights.flatten()[local.choice][:, None] if before_down else None
     kept = None if save == "nothing" else x.new_empty(t * k, up.shape[1])
     out = x.new_empty(local.total + 1, x.shape[1])
+    small = 0 < up.numel() <= len(up) * SMALL and torch.get_num_threads() > 1
     for some, r, rows in local.blocks(up.shape[1]):
+        u, d, token = up.mT[some], down.mT[some], local.token[r]
         keep, gate = (None if v is None else v[r] for v in (kept, gates))
-        piece = x.index_select(0, local.token[r])
-        h = _products(piece, up.mT[some], rows, batch_invariant, keep)
+        if small and not batch_invariant and 0 < len(rows) * max(rows) <= 2 * sum(rows):
+            place, own = _padded(rows, x.device)
+            h = torch.bmm(x.index_select(0, token[place]).view(len(rows), -1, x.shape[1]), u)
+            a = _activate(h.flatten(0, 1), activation, None if gate is None else gate[place])
+            y = torch.bmm(a.view(len(rows), -1, d.shape[1]), d).flatten(0, 1)
+            torch.index_select(y, 0, own, out=out[r])
+            if keep is not None:
+                torch.index_select(h.flatten(0, 1), 0, own, out=keep)
+        else:
+            h = _products(x.index_select(0, token), u, rows, batch_invariant, keep)
+            _products(_activate(h, activation, gate), d, rows, batch_invariant, out[r])
         if save == "relu":
-            h.relu_()
-        a = _activate(h, activation, gate)
-        _products(a, down.mT[some], rows, batch_invariant, out[r])
+            keep.relu_()
     y = local.combine(out, inverse, None if before_down else weights)
     if kept is None:
         return y, x.new_empty(0)
