@@ -112,15 +112,18 @@ def calibrate(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     found: dict[str, Tensor] = {}
 
     def record(name: str):
-        def hook(module, args):
-            x = args[0].detach()
+        def hook(module, args, kwargs):
+            x = (*args, *kwargs.values())[0].detach()
             if x.numel():
                 new = x.abs().amax().float()
                 found[name] = torch.maximum(found[name], new) if name in found else new
 
         return hook
 
-    handles = [m.register_forward_pre_hook(record(name)) for name, m in _linears(model).items()]
+    handles = [
+        m.register_forward_pre_hook(record(name), with_kwargs=True)
+        for name, m in _linears(model).items()
+    ]
     try:
         yield found
     finally:

@@ -43,8 +43,6 @@ def _mm(*args):
 def _mm_out(*args):
     operands, (out, accumulate) = args[:-2], args[-2:]
     _run(operands, out.dtype, out, accumulate)
-    if not out.is_inference():  # autograd is told: a kernel writes where it does not look
-        torch.autograd.graph.increment_version(out)
 
 
 def _run(operands, out_dtype, out, accumulate):

@@ -16,15 +16,29 @@ def register(
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
+    arguments = getattr(torch.ops.tigon, name).default._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+    if written:
+        implementation = _telling_autograd(implementation, written)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tigon::{name}", fake, lib=LIBRARY)
-    positions = [
-        i
-        for i, arg in enumerate(getattr(torch.ops.tigon, name).default._schema.arguments)
-        if arg.name in autocast
-    ]
+    positions = [i for i, arg in enumerate(arguments) if arg.name in autocast]
     for device in ("cpu", "cuda"):
         LIBRARY.impl(name, _autocast(name, device, positions), f"Autocast{device.upper()}")
+
+
+def _telling_autograd(implementation: Callable, written: list[int]) -> Callable:
+    """A kernel writes where autograd does not look: count the write, so that a tensor kept for backward and overwritten
+    since is refused there."""
+
+    def mutating(*args):
+        result = implementation(*args)
+        for i in written:
+            if args[i] is not None and not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
+        return result
+
+    return mutating
 
 
 def _autocast(name: str, device: str, positions: list[int]) -> Callable:
