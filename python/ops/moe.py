@@ -353,6 +353,7 @@ def _experts_setup(ctx, inputs, output):
     *ctx.mlp, up_buffer, down_buffer, ctx.accumulate = mlp
     ctx.formats = (up_format, down_format)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for what was kept would be as large as that
     # The buffers are written, not read: saved as they are, without a version check.
     ctx.buffers = (up_buffer, down_buffer)
     ctx.save_for_backward(x, up, down, weights, indices, offsets, order, inverse, output[1])

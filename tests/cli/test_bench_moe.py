@@ -134,7 +134,10 @@ def test_the_three_kinds_of_keeping_are_measured(tigon_command, tmp_path):
         assert code == 0, out
         (found,) = json.loads(file.read_text())
         peaks[variant] = found["results"][0]["peak"]
-    assert peaks["hidden"] == peaks["relu"] > peaks["nothing"] > 0
+    assert peaks["hidden"] == peaks["relu"]
+    # h is there once, not also as zeros for its gradient; "nothing" has a part of it at a time.
+    h = 400 * 4 * 96 * 4
+    assert 0.5 * h < peaks["hidden"] - peaks["nothing"] < 1.2 * h
 
 
 def test_a_routing_is_given_to_the_op_and_its_weights_are_an_input():
