@@ -128,7 +128,7 @@ def test_the_three_kinds_of_keeping_are_measured(tigon_command, tmp_path):
     file = tmp_path / "bench.json"
     peaks = {}
     for variant in ("hidden", "relu", "nothing"):
-        argv = ("--shape", "t=400,k=4,e=4,m=96,l=16", "--dtype", "float32", "--repeat", "1")
+        argv = ("--shape", "t=3000,k=4,e=8,m=96,l=16", "--dtype", "float32", "--repeat", "1")
         rest = ("--mode", "backward", "--peers", "none", "--device", "cpu", "--json", str(file))
         code, out = tigon_command("bench", "moe_experts", "--variant", variant, *argv, *rest)
         assert code == 0, out
@@ -136,7 +136,7 @@ def test_the_three_kinds_of_keeping_are_measured(tigon_command, tmp_path):
         peaks[variant] = found["results"][0]["peak"]
     assert peaks["hidden"] == peaks["relu"]
     # h is there once, not also as zeros for its gradient; "nothing" has a part of it at a time.
-    h = 400 * 4 * 96 * 4
+    h = 3000 * 4 * 96 * 4
     assert 0.5 * h < peaks["hidden"] - peaks["nothing"] < 1.2 * h
 
 
