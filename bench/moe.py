@@ -92,11 +92,12 @@ def moe_experts(draw, choice: dict, t: int, k: int, e: int, m: int, l: int) -> d
 
 def exact_experts(work) -> tuple[Tensor]:
     """By the fp64 values that quantized experts stand for."""
-    wide = {
-        name: lowprec.values(t) if name in ("up", "down") else t.double()
-        for name, t in work.inputs.items()
-    }
-    return work.run(wide)
+    with tigon.backend("reference"):
+        wide = {
+            name: lowprec.values(t) if name in ("up", "down") else t.double()
+            for name, t in work.inputs.items()
+        }
+        return work.run(wide)
 
 
 def tensors(routing: Routing) -> tuple[Tensor, ...]:

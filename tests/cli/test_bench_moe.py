@@ -145,3 +145,11 @@ def test_a_routing_is_given_to_the_op_and_its_weights_are_an_input():
     doubled = load.inputs | {"weights": 2 * load.inputs["weights"]}
     torch.testing.assert_close(load.run(doubled)[0], 2 * load.run()[0])
     assert replace(load, options={}).call().keys() == {"x", "up", "down", "routing"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPU tensors")
+@pytest.mark.parametrize("variant", ["hidden", "nvfp4"])
+def test_expert_kernels_are_checked_in_the_interpreter(variant, tigon_command):
+    argv = ("--variant", variant, "--shape", "t=20,k=2,e=3,m=24,l=16", "--backend", "kernel")
+    code, out = tigon_command("check", "moe_experts", *argv)
+    assert code == 0 and f"moe_experts {variant}" in out and ": triton" in out, out
