@@ -71,7 +71,7 @@ def gated_norm(
                 x *= gate
         square += tl.sum(x * x, 1)
     r = tl.rsqrt(square / SIZE + eps)
-    tl.store(r_ptr + row * GROUPS + group, r, mask=row < tl.where(outputs == WRITE_R, rows, 0))
+    tl.store(r_ptr + (row * GROUPS + group), r, mask=row < tl.where(outputs == WRITE_R, rows, 0))
     wanted = row < tl.where(outputs == WRITE_Y, rows, 0)
     for chunk in tl.static_range(CHUNKS):
         place = chunk * BLOCK + tl.arange(0, BLOCK)
