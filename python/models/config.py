@@ -27,6 +27,10 @@ _OLD_NAMES = {  # transformers still reads these
     "mamba_chunk_size": "chunk_size",
     "num_local_experts": "n_routed_experts",
 }
+_MTP_DEFAULT = "*E"  # transformers' mtp_layers_block_type
+_MTP_REPEATS = (
+    "mtp_num_layers"  # Megatron's name; published config.json files have none (UNCONFIRMED)
+)
 _ONLY = {  # what this model does; another value would change results, so it is refused
     "mamba_hidden_act": ("silu", "swish"),
     "mlp_hidden_act": ("relu2",),
@@ -43,6 +47,10 @@ class HybridConfig:
 
     router_aux_loss_coef, router_z_loss_coef: of the losses of E layers, each summed over them, that the training loss
     gets beside the cross entropy: load balance in each sequence, and logsumexp(logits)^2.
+
+    mtp_pattern: the layers of the multi-token prediction block, * - or E; "" for none. It is trained to predict
+    mtp_repeats tokens more (depths), the same weights at each; mtp_loss_coef times the mean of their losses joins the
+    training loss. mtp_detach_head: these losses do not train lm_head and the embeddings.
 
     The step size of Mamba layers is clamped to `dt_limit`, in prefill and decode alike. As in transformers' prefill,
     its lower end is at least time_step_min, which is also the least of the initial steps.
@@ -90,12 +98,24 @@ class HybridConfig:
     norm_topk_prob: bool = True
     router_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
+    mtp_pattern: str = ""
+    mtp_repeats: int = 2
+    mtp_loss_coef: float = 0.1
+    mtp_detach_head: bool = False
 
     def __post_init__(self):
         unknown = sorted(set(self.pattern) - set(LAYER_KINDS))
         if unknown or not self.pattern:
             kinds = ", ".join(f"{letter} {kind}" for letter, kind in LAYER_KINDS.items())
             raise ValueError(f"HybridConfig: pattern={self.pattern!r} may hold: {kinds}")
+        strangers = sorted(set(self.mtp_pattern) - (set(LAYER_KINDS) - {"M"}))
+        if strangers:
+            kinds = ", ".join(f"{k} {name}" for k, name in LAYER_KINDS.items() if k != "M")
+            raise ValueError(
+                f"HybridConfig: mtp_pattern={self.mtp_pattern!r} may hold: {kinds}; a drafter keeps no Mamba-2 state"
+            )
+        if self.mtp_repeats < 1:
+            raise ValueError(f"HybridConfig: mtp_repeats={self.mtp_repeats} must be at least 1")
         object.__setattr__(self, "time_step_limit", tuple(map(float, self.time_step_limit)))
 
     @property
@@ -110,11 +130,14 @@ class HybridConfig:
         return max(low, self.time_step_min), high
 
     def num_parameters(self) -> int:
-        """Parameters of a model of these sizes, biases of routers among them, from the shapes."""
+        """Parameters of a model of these sizes, biases of routers and the drafter among them, from the shapes."""
+        d = self.hidden_size
         count = {"M": self._mamba, "*": self._attention, "-": self._mlp, "E": self._moe}
-        layers = sum(count[kind]() + self.hidden_size for kind in self.pattern)
-        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return layers + tables + self.hidden_size
+        layers = sum(count[kind]() + d for kind in self.pattern + self.mtp_pattern)
+        if self.mtp_pattern:
+            layers += 2 * d * d + 3 * d  # eh_proj and three norms
+        tables = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        return layers + tables + d
 
     def _mamba(self) -> int:
         conv = self.d_inner + 2 * self.n_groups * self.ssm_state_size
@@ -160,23 +183,28 @@ class HybridConfig:
                 raise ValueError(
                     f"config.json: {key}={values[key]!r} is not supported; it may be {allowed[0]!r}"
                 )
-        known = {f.name for f in fields(cls)} - {"pattern"}
+        known = {f.name for f in fields(cls)} - {"pattern", "mtp_pattern", "mtp_repeats"}
         chosen = {key: values[key] for key in known & set(values)}
         if "time_step_limit" in chosen:
             chosen["time_step_limit"] = tuple(map(_float, chosen["time_step_limit"]))
         if chosen.get("num_key_value_heads", 0) is None:
             chosen["num_key_value_heads"] = values["num_attention_heads"]
-        return cls(pattern=_pattern(values), **chosen)
+        if values.get(_MTP_REPEATS):
+            chosen["mtp_repeats"] = values[_MTP_REPEATS]
+        return cls(pattern=_pattern(values), mtp_pattern=_mtp_pattern(values), **chosen)
 
     def to_dict(self) -> dict[str, Any]:
         """As a NemotronH config.json. Layers are written as `hybrid_override_pattern`, which every version reads."""
         values = asdict(self)
-        pattern = values.pop("pattern")
+        pattern, drafter = values.pop("pattern"), values.pop("mtp_pattern")
         return {
             "model_type": "nemotron_h",
             "architectures": ["NemotronHForCausalLM"],
             "hybrid_override_pattern": pattern,
             "num_hidden_layers": len(pattern),
+            "num_nextn_predict_layers": 1 if drafter else 0,
+            **({"mtp_hybrid_override_pattern": drafter} if drafter else {}),
+            _MTP_REPEATS: values.pop("mtp_repeats"),
             **values,
             "time_step_limit": list(self.time_step_limit),
             "mamba_hidden_act": "silu",
@@ -189,9 +217,28 @@ def _pattern(values: dict[str, Any]) -> str:
     if names is None:
         pattern = values.get("hybrid_override_pattern")
         return HybridConfig.pattern if pattern is None else pattern
+    return _letters(names, "layers_block_type")
+
+
+def _mtp_pattern(values: dict[str, Any]) -> str:
+    """The one block that published checkpoints have; how often training repeats it is not in its layers."""
+    blocks = values.get("num_nextn_predict_layers") or 0
+    if blocks not in (0, 1):
+        raise ValueError(
+            f"config.json: num_nextn_predict_layers={blocks} is not supported; it may be 0 or 1"
+        )
+    if not blocks:
+        return ""
+    pattern, names = values.get("mtp_hybrid_override_pattern"), values.get("mtp_layers_block_type")
+    if pattern or not names:
+        return pattern or _MTP_DEFAULT
+    return _letters(names, "mtp_layers_block_type")
+
+
+def _letters(names: list[str], key: str) -> str:
     unknown = sorted(set(names) - set(_LETTERS))
     if unknown:
-        raise ValueError(f"config.json: layers_block_type holds {unknown}, known: {list(_LETTERS)}")
+        raise ValueError(f"config.json: {key} holds {unknown}, known: {list(_LETTERS)}")
     return "".join(_LETTERS[name] for name in names)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tigon.generation.cache import HybridCache
 from tigon.models.config import HybridConfig
 from tigon.models.presets import preset
-from tigon.modules import MLP, Attention, Experts, LatentMoE, Linear, Mamba2, RMSNorm, Router
+from tigon.modules import MLP, MTP, Attention, Experts, LatentMoE, Linear, Mamba2, RMSNorm, Router
 from tigon.modules.latent_moe import router_losses, total_counts
+from tigon.modules.stack import run_layers
 from tigon.ops import Routing
 
 Device = torch.device | str | None
@@ -117,31 +118,32 @@ class Backbone(nn.Module):
         """(b,l,d_model); arguments as in `HybridLM.forward`."""
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (b, l)")
-        b, length = input_ids.shape
-        rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if cache is None:
-            layer_caches, where = [None] * len(self.layers), {}
-            if slots is not None or num_tokens is not None:
-                raise ValueError(
-                    "slots and num_tokens say which part of a cache is meant; pass cache"
-                )
-        else:
-            layer_caches, where = cache.layers, {"slots": slots, "num_tokens": num_tokens}
-            added = cache.begin(rows, length, slots, num_tokens, cu_seqlens)
-            if num_tokens is not None and mask is None:
-                mask = torch.arange(length, device=input_ids.device) < num_tokens[:, None]
-        h, routings = self.embeddings(input_ids).to(self.residual_dtype), []
-        where["mask"] = mask
-        for layer, layer_cache in zip(self.layers, layer_caches):
-            if return_routing and isinstance(layer.mixer, LatentMoE):
-                h, routing = layer(h, cu_seqlens, layer_cache, return_routing=True, **where)
-                routings.append(routing)
-            else:
-                h = layer(h, cu_seqlens, layer_cache, **where)
-        if cache is not None:
-            cache.finish(slots, added, length)
+        h, routings = run_layers(
+            self.layers,
+            self.embeddings(input_ids).to(self.residual_dtype),
+            cu_seqlens,
+            cache,
+            slots=slots,
+            num_tokens=num_tokens,
+            mask=mask,
+            return_routing=return_routing,
+        )
         h = self.norm_f(h.to(self.norm_f.weight.dtype))
         return (h, routings) if return_routing else h
+
+
+def _drafter(config: HybridConfig, **factory) -> MTP | None:
+    """The block of multi-token prediction, if the config has one; its layers are numbered after the backbone's."""
+    if not config.mtp_pattern:
+        return None
+    n = len(config.pattern)
+    return MTP(
+        config.hidden_size,
+        [Block(kind, config, n + i, **factory) for i, kind in enumerate(config.mtp_pattern)],
+        norm_eps=config.layer_norm_epsilon,
+        residual_dtype=torch.float32 if config.residual_in_fp32 else None,
+        **factory,
+    )
 
 
 class HybridLM(nn.Module):
@@ -150,6 +152,8 @@ class HybridLM(nn.Module):
     Args:
         config: sizes, or a name of `tigon.models.PRESETS`.
         device, dtype: of the parameters; "meta" for shapes alone.
+
+    Attributes: backbone, lm_head, and mtp: the `tigon.modules.MTP` of config.mtp_pattern, or None.
     """
 
     def __init__(
@@ -159,6 +163,7 @@ class HybridLM(nn.Module):
         config = preset(config) if isinstance(config, str) else config
         self.config = config
         self.backbone = Backbone(config, device=device, dtype=dtype)
+        self.mtp = _drafter(config, device=device, dtype=dtype)
         self.lm_head = Linear(
             config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype
         )

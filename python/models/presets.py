@@ -1,7 +1,8 @@
 """Published sizes, by name, and `tiny` for the demo.
 
 Sources: NVIDIA-NeMo/Megatron-Bridge and the technical reports of Nemotron-H (arXiv 2504.03624), Nemotron Nano 2
-(2508.14444), Nemotron 3 Nano (2512.20848) and Super (2604.12374). Multi-token prediction is not part of them.
+(2508.14444), Nemotron 3 Nano (2512.20848) and Super (2604.12374). Super and Ultra predict further tokens with one more
+block of attention and LatentMoE, trained two tokens deep.
 """
 
 from tigon.models.config import HybridConfig
@@ -86,6 +87,8 @@ PRESETS: dict[str, HybridConfig] = {
         moe_latent_size=1024,
         routed_scaling_factor=5.0,
         max_position_embeddings=262144,
+        mtp_pattern="*E",
+        mtp_loss_coef=0.3,
     ),
     # The scaling factor is Super's: no source names Ultra's.
     "nemotron-3-ultra": HybridConfig(
@@ -100,6 +103,7 @@ PRESETS: dict[str, HybridConfig] = {
         moe_shared_expert_intermediate_size=10240,
         moe_latent_size=2048,
         routed_scaling_factor=5.0,
+        mtp_pattern="*E",
     ),
     # A whole hybrid that learns from bytes within a minute and a half on two CPU cores. Bits a byte on held-out text
     # after 45 s of one core: 2.29; as MEM*E 2.34; as MM*- 2.37 with an initializer_range of 0.02, 2.28 with 0.06.

@@ -7,6 +7,7 @@ from tigon.modules.latent_moe import LatentMoE, Router, router_losses
 from tigon.modules.linear import Linear
 from tigon.modules.mamba2 import Mamba2
 from tigon.modules.mlp import MLP, GatedMLP
+from tigon.modules.mtp import MTP
 from tigon.modules.norm import GatedRMSNorm, RMSNorm
 from tigon.modules.nvfp4_linear import NVFP4Linear
 from tigon.modules.sharding import fully_shard
@@ -14,6 +15,7 @@ from tigon.modules.state import KVCache, Lengths, MambaCache
 
 __all__ = [
     "MLP",
+    "MTP",
     "Attention",
     "Experts",
     "FP8Linear",

@@ -36,7 +36,8 @@ LAYERS = {  # (M, *, - or E), facts of the reports
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_preset_has_the_published_number_of_parameters(name):
-    assert PRESETS[name].num_parameters() / 1e9 == pytest.approx(PUBLISHED[name], rel=2e-3)
+    backbone = PRESETS[name].replace(mtp_pattern="")  # reports count without token prediction
+    assert backbone.num_parameters() / 1e9 == pytest.approx(PUBLISHED[name], rel=2e-3)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -53,21 +54,69 @@ def test_a_model_on_the_meta_device_has_the_parameters_that_its_config_counts(na
     assert sum(t.numel() for t in tensors.values()) == preset(name).num_parameters()
 
 
-def test_super_has_the_tensors_and_elements_of_its_checkpoint_but_those_of_token_prediction():
+def test_super_has_the_tensors_and_elements_of_its_checkpoint():
     config = preset("nemotron-3-super")
     shapes = tensor_shapes(config.to_dict())
-    # Its multi-token prediction is an attention and an E layer behind a projection of embedding and hidden state.
-    d = config.hidden_size
-    mtp = tensor_shapes(config.replace(pattern="*E", vocab_size=1).to_dict())
-    del (
-        mtp["backbone.embeddings.weight"],
-        mtp["lm_head.weight"],
-    )  # norm_f stands for final_layernorm
-    mtp |= {"enorm": (d,), "hnorm": (d,), "eh_proj": (d, 2 * d)}
-    assert len(shapes) + len(mtp) == 42_683
-    count = sum(math.prod(s) for table in (shapes, mtp) for s in table.values())
-    assert count == 123_611_033_088
+    assert len(shapes) == 42_683
+    assert sum(math.prod(s) for s in shapes.values()) == 123_611_033_088
     assert shapes["backbone.layers.1.mixer.experts.511.up_proj.weight"] == (2688, 1024)
+
+
+def test_super_has_the_tensors_of_its_prediction_block_under_their_names():
+    config = preset("nemotron-3-super")
+    shapes = {k: v for k, v in tensor_shapes(config.to_dict()).items() if k.startswith("mtp.")}
+    assert sum(math.prod(s) for s in shapes.values()) == 2_942_325_248
+    assert (
+        config.num_parameters() - config.replace(mtp_pattern="").num_parameters() == 2_942_325_248
+    )
+    single = {k.removeprefix("mtp.layers."): v for k, v in shapes.items() if ".experts." not in k}
+    assert single == {
+        "0.enorm.weight": (4096,),
+        "0.hnorm.weight": (4096,),
+        "0.eh_proj.weight": (4096, 8192),
+        "0.norm.weight": (4096,),
+        "0.mixer.q_proj.weight": (4096, 4096),
+        "0.mixer.k_proj.weight": (256, 4096),
+        "0.mixer.v_proj.weight": (256, 4096),
+        "0.mixer.o_proj.weight": (4096, 4096),
+        "1.norm.weight": (4096,),
+        "1.mixer.gate.weight": (512, 4096),
+        "1.mixer.gate.e_score_correction_bias": (512,),
+        "1.mixer.fc1_latent_proj.weight": (1024, 4096),
+        "1.mixer.fc2_latent_proj.weight": (4096, 1024),
+        "1.mixer.shared_experts.up_proj.weight": (5376, 4096),
+        "1.mixer.shared_experts.down_proj.weight": (4096, 5376),
+        "1.final_layernorm.weight": (4096,),
+    }
+    experts = {k: v for k, v in shapes.items() if ".experts." in k}
+    assert len(experts) == 1024
+    assert experts["mtp.layers.1.mixer.experts.511.down_proj.weight"] == (1024, 2688)
+
+
+def test_prediction_blocks_are_read_under_every_name_and_odd_ones_refused():
+    one = {"num_nextn_predict_layers": 1}
+    for values, pattern in (
+        (one | {"mtp_hybrid_override_pattern": "*-"}, "*-"),
+        (one | {"mtp_layers_block_type": ["full_attention", "moe"]}, "*E"),
+        (one | {"mtp_layers_block_type": ["attention", "mlp"]}, "*-"),
+        (one, "*E"),
+        ({"num_nextn_predict_layers": 0, "mtp_layers_block_type": ["full_attention"]}, ""),
+        ({"mtp_hybrid_override_pattern": "*E"}, ""),
+        ({}, ""),
+    ):
+        assert HybridConfig.from_dict(values).mtp_pattern == pattern, values
+    config = HybridConfig(mtp_pattern="*", mtp_repeats=3, mtp_loss_coef=0.3, mtp_detach_head=True)
+    written = config.to_dict()
+    assert HybridConfig.from_dict(json.loads(json.dumps(written))) == config
+    assert (written["num_nextn_predict_layers"], written["mtp_hybrid_override_pattern"]) == (1, "*")
+    with pytest.raises(ValueError, match="num_nextn_predict_layers=2 is not supported"):
+        HybridConfig.from_dict({"num_nextn_predict_layers": 2})
+    with pytest.raises(ValueError, match=r"mtp_layers_block_type holds \['conv'"):
+        HybridConfig.from_dict(one | {"mtp_layers_block_type": ["conv"]})
+    with pytest.raises(ValueError, match=r"mtp_pattern='\*M' .*no Mamba-2 state"):
+        HybridConfig(mtp_pattern="*M")
+    with pytest.raises(ValueError, match="mtp_repeats=0"):
+        HybridConfig(mtp_pattern="*", mtp_repeats=0)
 
 
 def test_kinds_and_names_that_do_not_exist_are_refused():
