@@ -50,19 +50,51 @@ def _shards(path: Path) -> list[Path]:
     return files
 
 
+def _stored_drafter(path: Path) -> bool:
+    """Whether the files hold a block of multi-token prediction."""
+    from safetensors import safe_open
+
+    if (path / INDEX).is_file():
+        names = json.loads((path / INDEX).read_text())["weight_map"]
+    else:
+        with safe_open(_shards(path)[0], "pt") as f:
+            names = f.keys()
+    return any(name.startswith("mtp.") for name in names)
+
+
+def _drafter_as_stored(config: HybridConfig, path: Path, mtp: bool | None) -> HybridConfig:
+    """The config, without a prediction block that is not asked for or whose tensors are not there."""
+    if mtp is False or (not config.mtp_pattern and mtp is None):
+        return config.replace(mtp_pattern="")
+    if config.mtp_pattern and _stored_drafter(path):
+        return config
+    lack = "has no mtp.* tensors" if config.mtp_pattern else "has num_nextn_predict_layers=0"
+    if mtp:
+        raise ValueError(f"from_pretrained: {path} {lack}, but mtp=True asks for them")
+    warnings.warn(
+        f"from_pretrained: {path} {lack}, though config.json names them; transformers "
+        "leaves them out when it saves. The model is loaded without multi-token prediction",
+        stacklevel=4,
+    )
+    return config.replace(mtp_pattern="")
+
+
 def _compare(
     expected: dict[str, Expected],
     stacks: Stacks,
     shards: list[Path],
     rename: Callable[[str], str],
     layout: Layout,
+    quiet: bool,
 ) -> tuple[dict[str, str], int]:
     """Stored name -> own name of every tensor to read, or one error that names all that is wrong.
 
-    Also how many tensors are left out because the model has no place for them.
+    Also how many tensors are left out because the model has no place for them. quiet: not a word about a block of
+    multi-token prediction that the model does not have.
     """
     from safetensors import safe_open
 
+    drafter = any(name.startswith("mtp.") for name in expected)
     found, unknown, misshapen, skipped, mtp = {}, [], [], 0, 0
     for shard in shards:
         with safe_open(shard, "pt") as f:
@@ -72,7 +104,7 @@ def _compare(
                     found[stored] = own
                     fault = _fault(expected[own], tuple(piece.get_shape()), piece.get_dtype())
                     misshapen += [f"{stored} has {fault}"] if fault else []
-                elif stored.startswith("mtp."):
+                elif own.startswith("mtp.") and not drafter:
                     mtp += 1
                 elif layout.skips(own):
                     skipped += 1
@@ -88,9 +120,9 @@ def _compare(
     ]
     if problems:
         raise ValueError(f"from_pretrained: {shards[0].parent}: {'; '.join(problems)}")
-    if mtp:
+    if mtp and not quiet:
         warnings.warn(
-            f"from_pretrained: {mtp} tensors of the multi-token prediction head (mtp.*) are not loaded",
+            f"from_pretrained: {mtp} tensors of multi-token prediction (mtp.*) are not loaded: the model has none",
             stacklevel=5,
         )
     return found, skipped
@@ -112,12 +144,14 @@ def read_into(
     rename: Callable[[str], str],
     *,
     tied: bool = False,
+    quiet: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Install the layout's frozen layers, compare all headers, then read one shard at a time.
 
-    tied: whether lm_head.weight may be absent. dtype: of unquantized tensors; None keeps each tensor's own.
+    tied: whether lm_head.weight may be absent. quiet: no warning about mtp.* tensors that the model has no place for.
+    dtype: of unquantized tensors; None keeps each tensor's own.
     """
     from safetensors import safe_open
 
@@ -131,7 +165,7 @@ def read_into(
         expected.setdefault(name, (shape, None, True))
     if tied:
         expected["lm_head.weight"] = (*expected["lm_head.weight"][:2], True)
-    names, skipped = _compare(expected, stacks, shards, rename, layout)
+    names, skipped = _compare(expected, stacks, shards, rename, layout, quiet)
     warn_of(layout, set(names.values()), skipped, path)
     device = torch.device("cpu" if device is None else device)
     buffers, plain = dict(model.named_buffers()), dtype or _plain_dtype(model)
@@ -160,30 +194,36 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    mtp: bool | None = None,
 ):
     """A `cls` (HybridLM) with the checkpoint's weights; layers that nvidia-modelopt or compressed-tensors quantized
     become frozen `FP8Linear` and `NVFP4Linear` (see `tigon.integrations.modelopt`).
 
     Args:
         path: the folder. device: where the weights go. dtype: to convert unquantized tensors to; None keeps each
-            tensor's own.
+            tensor's own. mtp: whether the block of multi-token prediction is read. None: if config.json names one and
+            its tensors are there, else the model has none, with a warning where the two disagree. False: never.
 
     Raises:
         FileNotFoundError: config.json or a shard, by name.
         ValueError: unknown, missing and misshapen tensors, all named; an option that the model does not have, a
-            quantization that is not supported.
+            quantization that is not supported; mtp=True without the tensors.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"from_pretrained: no such file: {path / 'config.json'}")
     settings = json.loads((path / "config.json").read_text())
-    config = HybridConfig.from_dict(settings)
+    if mtp is False:
+        settings["num_nextn_predict_layers"] = 0  # of any number of blocks
+    config = _drafter_as_stored(HybridConfig.from_dict(settings), path, mtp)
     layout = layout_of(path, settings, own_name)
     model = cls(config, device="meta", dtype=dtype or _dtype(settings))
     tied = config.tie_word_embeddings
     if tied and layout.config.of("lm_head") is not None:
         raise ValueError(f"{path}: lm_head is quantized and cannot be tied to the embeddings")
-    read_into(model, path, layout, own_name, tied=tied, device=device, dtype=dtype)
+    read_into(
+        model, path, layout, own_name, tied=tied, quiet=mtp is False, device=device, dtype=dtype
+    )
     if tied:
         _check_tied(model)
         model.tie_weights()

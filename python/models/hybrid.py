@@ -7,16 +7,19 @@ Sources: NVIDIA 2025, "Nemotron-H" (arXiv 2504.03624) and "Nemotron 3" (2512.208
 """
 
 from os import PathLike
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tigon.generation.cache import HybridCache
 from tigon.models.config import HybridConfig
 from tigon.models.presets import preset
 from tigon.modules import MLP, MTP, Attention, Experts, LatentMoE, Linear, Mamba2, RMSNorm, Router
 from tigon.modules.latent_moe import router_losses, total_counts
+from tigon.modules.mtp_loss import MTPLosses, mtp_losses
 from tigon.modules.stack import run_layers
 from tigon.ops import Routing
 
@@ -132,6 +135,16 @@ class Backbone(nn.Module):
         return (h, routings) if return_routing else h
 
 
+class Losses(NamedTuple):
+    """Of `HybridLM.losses`: total, what to minimize; cross_entropy, mean nats of the next token; mtp (depths) mean nats
+    of the further ones, or None; routings, of the backbone's E layers, then of the drafter's, depth by depth."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    mtp: Tensor | None
+    routings: list[Routing]
+
+
 def _drafter(config: HybridConfig, **factory) -> MTP | None:
     """The block of multi-token prediction, if the config has one; its layers are numbered after the backbone's."""
     if not config.mtp_pattern:
@@ -210,7 +223,7 @@ class HybridLM(nn.Module):
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, list[Routing]]:
         """Logits (b,l,V) in fp32, or the mean cross entropy in nats if labels are given; in training mode the router
-        losses of the config are added to it.
+        losses of the config and those of multi-token prediction are added to it (see `losses`).
 
         Args:
             input_ids: (b,l) int64; packed sequences: (1,l).
@@ -220,34 +233,135 @@ class HybridLM(nn.Module):
             slots: (b) or (s) int64, the cache's slot of each row or sequence; None: slot i. Negative: padding.
             num_tokens: (b) int32 or int64, real tokens of each row of a dense batch padded on the right.
             mask: (b,l) bool, False at padding on the right that no expert is to see or count; num_tokens says it too.
-            return_routing: also return the `Routing` of every E layer, for `update_bias` and statistics.
+            return_routing: also return the `Routing` of every E layer, for `update_bias` and statistics; where the
+                losses of multi-token prediction are added, those of its E layers follow, depth by depth.
 
         Raises:
             ValueError: arguments that contradict each other, or no room in the cache, by name.
         """
-        losses = (self.config.router_aux_loss_coef, self.config.router_z_loss_coef)
-        adds_losses = self.training and labels is not None and any(losses)
         where = {"slots": slots, "num_tokens": num_tokens, "mask": mask}
-        hidden = self.backbone(
-            input_ids, cu_seqlens, cache, return_routing=return_routing or adds_losses, **where
-        )
-        hidden, routings = hidden if return_routing or adds_losses else (hidden, [])
-        result = self.logits(hidden)
         if labels is not None:
-            result = F.cross_entropy(result.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        if adds_losses:
-            result = result + router_losses(routings, *losses)
-        return (result, routings) if return_routing else result
+            found = self.losses(
+                input_ids, labels, cu_seqlens, cache, return_routing=return_routing, **where
+            )
+            return (found.total, found.routings) if return_routing else found.total
+        hidden = self.backbone(input_ids, cu_seqlens, cache, return_routing=return_routing, **where)
+        if return_routing:
+            return self.logits(hidden[0]), hidden[1]
+        return self.logits(hidden)
+
+    def losses(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: HybridCache | None = None,
+        *,
+        slots: Tensor | None = None,
+        num_tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        return_routing: bool = False,
+    ) -> Losses:
+        """The loss of `forward` and its parts; arguments as there.
+
+            total = cross entropy + mtp_loss_coef mean_d(loss_d) + router losses        in training mode, else the first
+
+        loss_d, d = 1..mtp_repeats, is the mean cross entropy of the token d places after the next. A call with a cache
+        has none: the drafter would not see what the cache holds.
+        """
+        config, train = self.config, self.training
+        coefs = (config.router_aux_loss_coef, config.router_z_loss_coef)
+        predicts = train and cache is None and self.mtp is not None and config.mtp_loss_coef
+        keeps = return_routing or (train and any(coefs))
+        where = {"slots": slots, "num_tokens": num_tokens, "mask": mask}
+        hidden = self.backbone(input_ids, cu_seqlens, cache, return_routing=keeps, **where)
+        hidden, routings = hidden if keeps else (hidden, [])
+        nats = F.cross_entropy(
+            self.logits(hidden).flatten(0, 1), labels.flatten(), ignore_index=-100
+        )
+        total, further = nats, None
+        if predicts:
+            found = self.mtp_losses(
+                *(hidden, input_ids, labels, cu_seqlens),
+                mask=mask,
+                metrics=False,
+                return_routing=keeps,
+            )
+            further, routings = found.losses, [*routings, *found.routings]
+            total = total + config.mtp_loss_coef * further.mean()
+        if train and any(coefs):
+            total = total + router_losses(routings, *coefs)
+        return Losses(total, nats, further, routings)
+
+    def mtp_losses(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        depths: int | None = None,
+        mask: Tensor | None = None,
+        metrics: bool = True,
+        return_routing: bool = False,
+    ) -> MTPLosses:
+        """Losses of multi-token prediction by depth, and how often it is right when it is given the true tokens.
+
+        Args:
+            hidden: (b,l,d_model), the backbone's output for input_ids. Detached, and with config.mtp_detach_head, the
+                drafter alone gets gradients.
+            depths: how many further tokens; config.mtp_repeats if None.
+            metrics: also find the shares of right tokens.
+            The others: as in `forward`.
+
+        Raises:
+            ValueError: a model without multi-token prediction.
+        """
+        if self.mtp is None:
+            raise ValueError("mtp_losses: the model has no multi-token prediction (mtp_pattern='')")
+        embed, logits = self.backbone.embeddings, self.logits
+        if self.config.mtp_detach_head:
+            fixed = {n: p.detach() for n, p in self.lm_head.named_parameters()}
+
+            def embed(ids: Tensor) -> Tensor:
+                return self.backbone.embeddings(ids).detach()
+
+            def logits(h: Tensor) -> Tensor:
+                return _at_least_fp32(functional_call(self.lm_head, fixed, (h,)))
+
+        return mtp_losses(
+            *(self.mtp, embed, logits, hidden, input_ids, labels, cu_seqlens),
+            depths=self.config.mtp_repeats if depths is None else depths,
+            mask=mask,
+            metrics=metrics,
+            return_routing=return_routing,
+        )
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor, rate: float = 1e-3, group=None) -> None:
         """`LatentMoE.update_bias` of every E layer, after the optimizer's step.
 
         counts: (E layers, e) integers: `torch.stack([r.counts for r in routings])` of `return_routing`, added up over
-        micro-batches. group: processes to add them up over as well, in one all-reduce.
+        micro-batches: the backbone's E layers, or these and after them the drafter's of every depth, which are added
+        up. group: processes to add them up over as well, in one all-reduce.
+
+        Raises:
+            ValueError: another number of rows.
         """
-        mixers = [m.mixer for m in self.backbone.layers if isinstance(m.mixer, LatentMoE)]
-        for mixer, layer_counts in zip(mixers, total_counts(counts, group), strict=True):
+        mixers = _mixtures(self.backbone.layers)
+        drafter = [] if self.mtp is None else _mixtures(self.mtp.layers)
+        own, more = len(mixers), counts.shape[0] - len(mixers)
+        if more < 0 or more % max(len(drafter), 1) or (more and not drafter):
+            and_drafter = f", or these and {len(drafter)} a depth" if drafter else ""
+            raise ValueError(
+                f"update_bias: counts has {counts.shape[0]} rows, expected {own}{and_drafter}"
+            )
+        counts = total_counts(counts, group)
+        rows = [*counts[:own]]
+        if more:
+            rows += [*counts[own:].unflatten(0, (-1, len(drafter))).sum(0)]
+            mixers += drafter
+        for mixer, layer_counts in zip(mixers, rows, strict=True):
             mixer.update_bias(layer_counts, rate)
 
     def allocate_cache(
@@ -267,18 +381,30 @@ class HybridLM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | PathLike, *, device: Device = None, dtype: torch.dtype | None = None
+        cls,
+        path: str | PathLike,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        mtp: bool | None = None,
     ) -> "HybridLM":
-        """Read a NemotronH checkpoint, quantized or not; see `tigon.models.checkpoint.load`."""
+        """Read a NemotronH checkpoint, quantized or not; see `tigon.models.checkpoint.load`.
+
+        mtp: False leaves multi-token prediction out, True insists on it; None takes what is there.
+        """
         from tigon.models.checkpoint import load
 
-        return load(cls, path, device=device, dtype=dtype)
+        return load(cls, path, device=device, dtype=dtype, mtp=mtp)
 
     def save_pretrained(self, path: str | PathLike, max_shard_size: int | str = "5GB") -> None:
         """Write a checkpoint that transformers loads; see `tigon.models.checkpoint.save`."""
         from tigon.models.checkpoint import save
 
         save(self, path, max_shard_size=max_shard_size)
+
+
+def _mixtures(layers: nn.ModuleList) -> list[LatentMoE]:
+    return [layer.mixer for layer in layers if isinstance(layer.mixer, LatentMoE)]
 
 
 def _at_least_fp32(t: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Name and shape of every tensor of a NemotronH checkpoint before quantization, LatentMoE layers included."""
+"""Name and shape of every tensor of a NemotronH checkpoint before quantization, LatentMoE layers and multi-token
+prediction included."""
 
 from typing import Any
 
@@ -17,7 +18,10 @@ def tensor_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     from tigon.models.hybrid import HybridLM
 
     config = HybridConfig.from_dict(settings)
-    if "E" in config.pattern and not 0 < config.n_routed_experts <= MOST_EXPERTS:
+    if (
+        "E" in config.pattern + config.mtp_pattern
+        and not 0 < config.n_routed_experts <= MOST_EXPERTS
+    ):
         raise ValueError(f"config.json: n_routed_experts={config.n_routed_experts} is out of range")
     tensors = split(HybridLM(config, device="meta").state_dict())
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
