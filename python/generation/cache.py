@@ -1,11 +1,16 @@
 """What a hybrid model remembers: by layer and slot, Mamba states or keys and values; by slot, the length."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from tigon.modules import Attention, KVCache, Lengths, Mamba2, MambaCache
+from tigon.modules import Attention, KVCache, Lengths, Mamba2
+from tigon.modules.mamba_cache import MambaCache, ReplayMambaCache, SnapshotCache
+from tigon.ops.replay import ReplayCursor, replay_advance
+
+FLUSH = 16  # tokens between two writes of a state
 
 
 class HybridCache:
@@ -14,9 +19,14 @@ class HybridCache:
     Args:
         layers: the model's mixers in order; an entry of `self.layers` is None where a layer remembers nothing.
         dtype: of keys, values and convolution windows; the weights' if None.
-        ssm_dtype: of the recurrent states.
+        ssm_dtype: of the recurrent states: fp32, bf16, fp16, int8, e4m3 (fp64 on the CPU).
+        rounding: of states to ssm_dtype, "nearest" or "stochastic"; `seeds` (slots) int64 name the random bits.
+        rollback: how tokens of a call with commit=False are undone: None (no such calls), "replay" (Mamba layers keep
+            their inputs and rewrite a state once in `flush` tokens), "snapshot" (a state a token).
+        tokens: of a row in one such call, at most. flush: at least `tokens`; 16 if None, 32 for more tokens.
 
-    `lengths` (slots) int64 lives on the device; `model(ids, cache=cache)` advances it.
+    `lengths` (slots) int64 lives on the device; `model(ids, cache=cache)` advances it. With a rollback
+    `model(ids, cache=cache, commit=False)` does not, and `commit` then says how many of the tokens stay.
     """
 
     def __init__(
@@ -28,6 +38,10 @@ class HybridCache:
         dtype: torch.dtype | None = None,
         ssm_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        rounding: str = "nearest",
+        rollback: str | None = None,
+        tokens: int = 1,
+        flush: int | None = None,
     ):
         if slots < 1 or max_length < 1:
             raise ValueError(
@@ -35,13 +49,33 @@ class HybridCache:
             )
         device = next(layers[0].parameters()).device if device is None else torch.device(device)
         self.slots, self.max_length = slots, max_length
-        tensor = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._lengths = Lengths(tensor, max_length)
-        self.layers = [self._allocate(layer, dtype, ssm_dtype, device) for layer in layers]
+        self.rollback, self.tokens = rollback, tokens
+        self._lengths = Lengths(torch.zeros(slots, dtype=torch.int64, device=device), max_length)
+        self.seeds = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.cursor = None
+        if rollback == "replay":
+            flush = flush or (FLUSH if tokens <= FLUSH else 2 * FLUSH)
+            self.cursor = ReplayCursor.allocate(slots, flush, device)
+            self.cursor.length = self._lengths.tensor
+        options = {
+            "rounding": rounding,
+            "seeds": self.seeds,
+            "rollback": rollback,
+            "tokens": tokens,
+            "cursor": self.cursor,
+        }
+        self.layers = [
+            self._allocate(layer, dtype, ssm_dtype, device, options) for layer in layers
+        ]
+        self._stepped = False
 
-    def _allocate(self, layer, dtype, ssm_dtype, device) -> MambaCache | KVCache | None:
+    def _allocate(
+        self, layer, dtype, ssm_dtype, device, options
+    ) -> MambaCache | KVCache | None:
         if isinstance(layer, Mamba2):
-            return layer.allocate_cache(self.slots, dtype, ssm_dtype, device)
+            return layer.allocate_cache(
+                self.slots, dtype, ssm_dtype, device, lengths=self._lengths, **options
+            )
         if isinstance(layer, Attention):
             return layer.allocate_cache(self.slots, self.max_length, dtype, device, self._lengths)
         return None
@@ -51,7 +85,15 @@ class HybridCache:
         """(slots) int64: tokens that each slot holds."""
         return self._lengths.tensor
 
-    def begin(self, rows: int, length: int, slots: Tensor | None, num_tokens, cu_seqlens) -> Tensor:
+    def begin(
+        self,
+        rows: int,
+        length: int,
+        slots: Tensor | None,
+        num_tokens: Tensor | None,
+        cu_seqlens: Tensor | None,
+        commit: bool = True,
+    ) -> Tensor:
         """Real tokens of each row of a coming call, (rows) int64; raises where they have no room."""
         if slots is None and rows > self.slots:
             raise ValueError(f"cache: {rows} rows for {self.slots} slots; pass slots")
@@ -61,19 +103,73 @@ class HybridCache:
             raise ValueError(
                 f"cache: num_tokens has shape {tuple(num_tokens.shape)}, expected ({rows},)"
             )
+        self._stepped = self.rollback is not None and cu_seqlens is None and length <= self.tokens
+        if not commit:
+            self._check_undoable(length)
+        if self._stepped and torch.is_grad_enabled():
+            raise RuntimeError("cache: with a rollback, call the model under torch.no_grad()")
         added = self._lengths.added(rows, length, num_tokens, cu_seqlens)
         self._lengths.check_room(slots, added, length)
         return added
 
+    def _check_undoable(self, length: int) -> None:
+        if not any(isinstance(layer, MambaCache) for layer in self.layers):
+            return  # keys and values are undone by not counting them
+        if self.rollback is None:
+            raise ValueError("cache: commit=False needs a cache with rollback='replay'|'snapshot'")
+        if not self._stepped:
+            raise ValueError(
+                f"cache: a call that may be undone holds at most {self.tokens} tokens a row, dense; got {length}"
+            )
+
     def finish(self, slots: Tensor | None, added: Tensor, length: int) -> None:
         """Count the tokens of a call, after the last layer."""
+        if self._stepped:
+            return self.commit(slots, added)
         self._lengths.advance(slots, added, length)
+        if self.cursor is not None:
+            rows = added.shape[0]
+            if slots is None:
+                slots = torch.arange(rows, device=added.device)
+            self.cursor.start(slots, self.lengths[slots.clamp(min=0)])
+
+    def commit(
+        self, slots: Tensor | None, num_new: Tensor, path: Tensor | None = None
+    ) -> None:
+        """Keep num_new (b) int64 tokens of a call with commit=False and forget the others.
+
+        path: (b,j) int32, of a tree: the node that becomes token i + 1 (`verify_tree` gives it); token 0 is node 0.
+        None of the rows keeps more than `tokens`.
+        """
+        for layer in self.layers:
+            if isinstance(layer, SnapshotCache):
+                layer.keep(slots, num_new)
+            elif path is not None and isinstance(layer, ReplayMambaCache | KVCache):
+                layer.keep_path(slots, path, num_new)
+        if self.cursor is None:
+            return self._lengths.advance(slots, num_new, self.tokens)
+        if slots is None:
+            slots = torch.arange(num_new.shape[0], device=num_new.device)
+        replay_advance(self.cursor, slots, num_new)
+        self._lengths.bound = min(self.max_length, self._lengths.bound + self.tokens)
+
+    def bound_lengths(self, longest: int) -> None:
+        """Tell what the host knows: no slot holds more than `longest` tokens. Attention then reads fewer keys."""
+        self._lengths.bound = min(longest, self.max_length)
 
     def _tensors(self) -> Iterator[Tensor]:
         yield self._lengths.tensor
+        yield self.seeds
+        if self.cursor is not None:
+            yield self.cursor.checkpoint
         for layer in self.layers:
             if layer is not None:
                 yield from layer.tensors()
+
+    def nbytes(self, kind: type | tuple[type, ...] = (MambaCache, KVCache)) -> int:
+        """Bytes of the layers' caches of a kind, all slots together."""
+        held = (t for layer in self.layers if isinstance(layer, kind) for t in layer.tensors())
+        return sum(t.nbytes for t in held)
 
     def reset(self, slots: Tensor | None = None) -> None:
         """Forget what `slots` (i) int64 hold; all if None."""
@@ -95,16 +191,25 @@ class HybridCache:
         self.copy(torch.full_like(targets, slot), targets)
 
     def select(self, slots: Tensor) -> "HybridCache":
-        """A new cache whose slot i is a copy of slot slots[i]."""
+        """A new cache whose slot i is a copy of slot slots[i]: a preempted sequence that is to come back."""
         other = object.__new__(HybridCache)
-        other.slots, other.max_length = slots.numel(), self.max_length
+        other.__dict__.update(self.__dict__)
+        other.slots = slots.numel()
         other._lengths = Lengths(self.lengths[slots], self.max_length, self._lengths.bound)
-        other.layers = [
-            MambaCache(*(t[slots] for t in layer.tensors()))
-            if isinstance(layer, MambaCache)
-            else KVCache(*(t[slots] for t in layer.tensors()), other._lengths)
-            if isinstance(layer, KVCache)
-            else None
-            for layer in self.layers
-        ]
+        other.seeds = self.seeds[slots]
+        if self.cursor is not None:
+            other.cursor = ReplayCursor(
+                self.cursor.checkpoint[slots], other._lengths.tensor, self.cursor.flush
+            )
+        shared = {"lengths": other._lengths, "seeds": other.seeds}
+        other.layers = []
+        for layer in self.layers:
+            if isinstance(layer, ReplayMambaCache):
+                layer = layer.selected(slots, cursor=other.cursor, **shared)
+            elif isinstance(layer, MambaCache):
+                layer = layer.selected(slots, **shared)
+            elif isinstance(layer, KVCache):
+                keys, values = (t[slots] for t in layer.tensors())
+                layer = replace(layer, keys=keys, values=values, lengths=other._lengths)
+            other.layers.append(layer)
         return other

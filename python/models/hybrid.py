@@ -117,6 +117,7 @@ class Backbone(nn.Module):
         num_tokens: Tensor | None = None,
         mask: Tensor | None = None,
         return_routing: bool = False,
+        **undoable,
     ) -> Tensor | tuple[Tensor, list[Routing]]:
         """(b,l,d_model); arguments as in `HybridLM.forward`."""
         if input_ids.dim() != 2:
@@ -130,6 +131,7 @@ class Backbone(nn.Module):
             num_tokens=num_tokens,
             mask=mask,
             return_routing=return_routing,
+            **undoable,
         )
         h = self.norm_f(h.to(self.norm_f.weight.dtype))
         return (h, routings) if return_routing else h
@@ -221,6 +223,7 @@ class HybridLM(nn.Module):
         num_tokens: Tensor | None = None,
         mask: Tensor | None = None,
         return_routing: bool = False,
+        **undoable,
     ) -> Tensor | tuple[Tensor, list[Routing]]:
         """Logits (b,l,V) in fp32, or the mean cross entropy in nats if labels are given; in training mode the router
         losses of the config and those of multi-token prediction are added to it (see `losses`).
@@ -235,6 +238,8 @@ class HybridLM(nn.Module):
             mask: (b,l) bool, False at padding on the right that no expert is to see or count; num_tokens says it too.
             return_routing: also return the `Routing` of every E layer, for `update_bias` and statistics; where the
                 losses of multi-token prediction are added, those of its E layers follow, depth by depth.
+            undoable: commit=False leaves the tokens uncounted until `cache.commit` says how many of them stay;
+                ancestors (b,l) int32 makes them nodes of a tree (`Mamba2.forward`). Both need a cache with a rollback.
 
         Raises:
             ValueError: arguments that contradict each other, or no room in the cache, by name.
@@ -245,7 +250,8 @@ class HybridLM(nn.Module):
                 input_ids, labels, cu_seqlens, cache, return_routing=return_routing, **where
             )
             return (found.total, found.routings) if return_routing else found.total
-        hidden = self.backbone(input_ids, cu_seqlens, cache, return_routing=return_routing, **where)
+        where |= undoable | {"return_routing": return_routing}
+        hidden = self.backbone(input_ids, cu_seqlens, cache, **where)
         if return_routing:
             return self.logits(hidden[0]), hidden[1]
         return self.logits(hidden)
@@ -365,18 +371,26 @@ class HybridLM(nn.Module):
             mixer.update_bias(layer_counts, rate)
 
     def allocate_cache(
-        self, slots: int, max_length: int, *, dtype: torch.dtype | None = None
+        self,
+        slots: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype | None = None,
+        ssm_dtype: torch.dtype | None = None,
+        **options,
     ) -> HybridCache:
-        """A `HybridCache` on the model's device; recurrent states in config.mamba_ssm_cache_dtype."""
-        ssm_dtype = getattr(torch, self.config.mamba_ssm_cache_dtype)
+        """A `HybridCache` on the model's device; recurrent states in config.mamba_ssm_cache_dtype if ssm_dtype is None.
+
+        options: rounding, rollback, tokens, flush of `HybridCache`.
+        """
+        if ssm_dtype is None:
+            ssm_dtype = getattr(torch, self.config.mamba_ssm_cache_dtype)
+        if dtype is None:
+            dtype = self.backbone.norm_f.weight.dtype  # a quantized layer's has no dtype to go by
         mixers = [layer.mixer for layer in self.backbone.layers]
         device = self.lm_head.weight.device
-        if dtype is None:
-            dtype = (
-                self.backbone.norm_f.weight.dtype
-            )  # a quantized layer's weight has no dtype to go by
         return HybridCache(
-            mixers, slots, max_length, dtype=dtype, ssm_dtype=ssm_dtype, device=device
+            mixers, slots, max_length, dtype=dtype, ssm_dtype=ssm_dtype, device=device, **options
         )
 
     @classmethod

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tigon.modules.attention_tiles import attend_tiled
 from tigon.modules.linear import Linear, activation_dtype
-from tigon.modules.state import KVCache, Lengths, check_feed
+from tigon.modules.state import KVCache, Lengths, check_feed, read_slots
 from tigon.ops.dispatch import is_batch_invariant
 
 
@@ -144,35 +144,58 @@ class Attention(nn.Module):
         *,
         slots: Tensor | None = None,
         num_tokens: Tensor | None = None,
+        ancestors: Tensor | None = None,
+        first_node: int = 0,
     ) -> Tensor:
         """Mix tokens; with a cache, after those that it holds, and add the new ones to it.
 
         Arguments as in `Mamba2.forward`. `cache.lengths` is read, not advanced: layers share it, so the caller
         does that once, after the last (`cache.lengths.advance`).
+
+        first_node: how many tokens earlier calls have written behind those that `lengths` counts. With ancestors the
+            bits count from the first of them, and there are 32 at most.
         """
         check_feed("Attention", cu_seqlens, cache, slots, num_tokens)
+        if ancestors is not None and (cache is None or cu_seqlens is not None):
+            raise ValueError("Attention: ancestors are for dense batches with a cache")
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        fresh = cache is None or cache.lengths.bound == 0
+        fresh = cache is None or cache.lengths.bound + first_node == 0
         if cache is not None:
             b, length = x.shape[:2]
             rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            row, slot, position = cache.places(rows, length, slots, cu_seqlens)
+            row, slot, position = cache.places(rows, length, slots, cu_seqlens, first_node)
             cache.append(k, v, slot, position)
-        if fresh and cu_seqlens is not None:
+        if ancestors is not None:
+            out = _attend_tree(q, cache, slots, rows, ancestors, first_node)
+        elif fresh and cu_seqlens is not None:
             out = _attend_packed(q, k, v, cu_seqlens)
         elif fresh:
             out = _attend(q, k, v)
         else:
             packed_row = row if cu_seqlens is not None else None
-            out = _attend_cached(q, cache, slots, rows, position, packed_row)
+            out = _attend_cached(q, cache, slots, rows, position, packed_row, first_node)
         return self.o_proj(out.flatten(-2))
 
 
-def _attend_cached(q, cache: KVCache, slots, rows: int, position: Tensor, packed_row) -> Tensor:
+def _attend_tree(q, cache: KVCache, slots, rows: int, ancestors: Tensor, first: int) -> Tensor:
+    """Nodes of a tree over their slots' tokens and their own ancestors, themselves included."""
+    n = min(cache.lengths.bound + first + q.shape[1], cache.lengths.capacity)
+    index = slice(rows) if slots is None else slots.clamp(min=0)
+    k, v = (t[index, :n].to(q.dtype) for t in cache.tensors())
+    before = read_slots(cache.lengths.tensor, slots, rows)[:, None]
+    node = torch.arange(n, device=q.device) - before  # (rows,n), negative for tokens
+    bit = ancestors[..., None] >> node.clamp(0, 31)[:, None] & 1  # (b,l,n)
+    visible = (node < 0)[:, None] | ((node < first + q.shape[1])[:, None] & (bit == 1))
+    return _attend(q, k, v, visible)
+
+
+def _attend_cached(
+    q, cache: KVCache, slots, rows: int, position: Tensor, packed_row, first: int
+) -> Tensor:
     """New queries over all that their slots hold, themselves included."""
-    n = min(cache.lengths.bound + q.shape[1], cache.lengths.capacity)
+    n = min(cache.lengths.bound + first + q.shape[1], cache.lengths.capacity)
     index = slice(rows) if slots is None else slots.clamp(min=0)
     k, v = (t[index, :n].to(q.dtype) for t in cache.tensors())  # (rows,n,hkv,dim)
     visible = torch.arange(n, device=q.device) <= position[..., None]  # (b,l,n)

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tigon.modules.linear import Linear, activation_dtype
+from tigon.modules.mamba_cache import MambaCache, allocate
 from tigon.modules.norm import GatedRMSNorm
-from tigon.modules.state import MambaCache, check_feed, read_slots, write_slots
-from tigon.ops import causal_conv1d, causal_conv1d_update, ssd_scan, ssd_update
-from tigon.ops.ssd import MAX_STEP
+from tigon.modules.state import check_feed
+from tigon.ops import causal_conv1d, causal_conv1d_update, ssd_scan
 
 
 class CausalConv1d(nn.Conv1d):
@@ -157,15 +157,25 @@ class Mamba2(nn.Module):
         dtype: torch.dtype | None = None,
         ssm_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        **options,
     ) -> MambaCache:
-        """Zeroed states for `slots` sequences: conv in `dtype` (the weights' if None), ssm in `ssm_dtype`."""
-        device = self.in_proj.weight.device if device is None else device
-        dtype = dtype or activation_dtype(self.in_proj)
-        conv = torch.zeros(slots, self.conv_dim, self.d_conv - 1, dtype=dtype, device=device)
-        ssm = torch.zeros(
-            slots, self.nheads, self.headdim, self.d_state, dtype=ssm_dtype, device=device
+        """Zeroed states for `slots` sequences: conv in `dtype` (the weights' if None), ssm in `ssm_dtype`.
+
+        options: rounding="nearest" | "stochastic" of the states; rollback=None | "replay" | "snapshot" for calls of at
+        most `tokens` tokens a row that may be undone, with the `cursor` (`ReplayCursor`) that the layers of a model
+        share; lengths and seeds (slots) int64, which they share too. `HybridCache` gives all of them.
+        """
+        return allocate(
+            slots,
+            (self.nheads, self.headdim, self.ngroups, self.d_state),
+            self.conv_dim,
+            self.d_conv,
+            dtype=dtype or activation_dtype(self.in_proj),
+            ssm_dtype=ssm_dtype,
+            device=self.in_proj.weight.device if device is None else device,
+            layer=self.layer_idx or 0,
+            **options,
         )
-        return MambaCache(conv, ssm)
 
     def forward(
         self,
@@ -175,25 +185,31 @@ class Mamba2(nn.Module):
         *,
         slots: Tensor | None = None,
         num_tokens: Tensor | None = None,
+        ancestors: Tensor | None = None,
     ) -> Tensor:
         """Mix tokens; with a cache, continue its sequences and leave their new states there.
 
         Args:
             u: (b,l,d_model); packed sequences: (1,l,d_model).
             cu_seqlens: (s+1) int32 or int64 bounds of the packed sequences.
-            cache: states to continue from. Up to 16 tokens a row take the decode ops where no gradient is wanted, all
-                else the scan.
+            cache: states to continue from. Up to `cache.most_tokens` tokens a row (16 without a rollback) take the
+                decode ops where no gradient is wanted, all else the scan.
             slots: (b) or (s) int64, the slot of each row or sequence (`tigon.modules.state`). Needs cache.
             num_tokens: (b) int32 or int64, the real tokens of each row, padding on the right; outputs there are
                 finite and mean nothing. Needs cache; packed batches have none.
+            ancestors: (b,l) int32, the tokens are nodes of a tree: bit j of a node's is set for every node j on the way
+                from the first one to it, itself included. Needs a cache with rollback="replay".
         """
         check_feed("Mamba2", cu_seqlens, cache, slots, num_tokens)
         z0, x0, z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
         if cache is None:
             x, B, C = self._heads(self.conv1d(xBC, cu_seqlens=cu_seqlens))
             y = ssd_scan(x, dt, B=B, C=C, cu_seqlens=cu_seqlens, **self._scan_arguments(z))
-        elif cu_seqlens is None and u.shape[1] <= MAX_STEP and not self._wants_gradient(u):
-            y = self._step(xBC, dt, z, cache, slots, num_tokens)
+        elif cu_seqlens is None and u.shape[1] <= cache.most_tokens and not self._wants_gradient(u):
+            y = cache.step(
+                *(self.conv1d, self._heads, xBC, dt, self._scan_arguments(z)),
+                *(slots, num_tokens, ancestors),
+            )
         else:
             y = self._continue(xBC, dt, z, cu_seqlens, cache, slots, num_tokens)
         y = y.flatten(-2)
@@ -213,9 +229,12 @@ class Mamba2(nn.Module):
             C.unflatten(-1, (self.ngroups, self.d_state)),
         )
 
+    def _decay(self) -> Tensor:
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
     def _scan_arguments(self, z: Tensor) -> dict:
         return {
-            "A": -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            "A": self._decay(),
             "D": self.D.view(self.nheads, self.headdim) if self.D_has_hdim else self.D,
             "z": None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim)),
             "dt_bias": self.dt_bias,
@@ -228,18 +247,12 @@ class Mamba2(nn.Module):
         leaves = (u, *self.parameters())
         return torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
 
-    def _step(self, xBC, dt, z, cache, slots, num_tokens) -> Tensor:
-        """1 to 16 tokens a row, in place in the cache."""
-        where = {"state_indices": slots, "num_tokens": num_tokens}
-        xBC = self.conv1d(xBC, conv_state=cache.conv, **where)
-        x, B, C = self._heads(xBC)
-        return ssd_update(cache.ssm, x, dt, B=B, C=C, **self._scan_arguments(z), **where)
-
     def _continue(self, xBC, dt, z, cu_seqlens, cache, slots, num_tokens) -> Tensor:
         """Any number of tokens, dense or packed, from the cache's states to new ones."""
         shape = xBC.shape[:2]
         rows = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        conv, ssm = read_slots(cache.conv, slots, rows), read_slots(cache.ssm, slots, rows)
+        conv, ssm = cache.read(slots, rows, self._decay())
+        added = cache.lengths.added(rows, shape[1], num_tokens, cu_seqlens)
         ragged = num_tokens is not None
         if ragged:
             # Each row becomes two packed sequences, its tokens and its padding: states stop at the last real token.
@@ -261,8 +274,7 @@ class Mamba2(nn.Module):
         )
         if ragged:
             conv, ssm = conv[::2], ssm[::2]
-        write_slots(cache.conv, conv, slots)
-        write_slots(cache.ssm, ssm, slots)
+        cache.write(slots, conv, ssm, added)
         return y.view(*shape, *y.shape[2:])
 
 

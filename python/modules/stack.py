@@ -19,6 +19,7 @@ def run_layers(
     num_tokens: Tensor | None = None,
     mask: Tensor | None = None,
     return_routing: bool = False,
+    commit: bool = True,
     **options,
 ) -> tuple[Tensor, list[Routing]]:
     """h (b,l,d) through `layers` in order, each h -> h + mixer(norm(h)); with a cache, its tokens are counted after the
@@ -26,6 +27,7 @@ def run_layers(
 
     Args:
         cache: a `tigon.generation.HybridCache` of these layers' mixers. options: for the mixers that mix tokens.
+        commit: False leaves the tokens uncounted, until `cache.commit` says how many of them stay.
         The others: as in `HybridLM.forward`.
 
     Returns:
@@ -44,7 +46,7 @@ def run_layers(
         layer_caches = cache.layers
         options |= {"slots": slots, "num_tokens": num_tokens}
         rows = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        added = cache.begin(rows, length, slots, num_tokens, cu_seqlens)
+        added = cache.begin(rows, length, slots, num_tokens, cu_seqlens, commit)
         if num_tokens is not None and mask is None:
             mask = torch.arange(length, device=h.device) < num_tokens[:, None]
     options["mask"] = mask
@@ -54,6 +56,6 @@ def run_layers(
             routings.append(routing)
         else:
             h = layer(h, cu_seqlens, layer_cache, **options)
-    if cache is not None:
+    if cache is not None and commit:
         cache.finish(slots, added, length)
     return h, routings

@@ -46,17 +46,6 @@ def check_feed(name: str, cu_seqlens, cache, slots, num_tokens) -> None:
 
 
 @dataclass
-class MambaCache:
-    """conv (slots, conv_dim, d_conv-1): the last inputs of the convolution, newest last. ssm (slots,h,p,n)."""
-
-    conv: Tensor
-    ssm: Tensor
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.conv, self.ssm)
-
-
-@dataclass
 class Lengths:
     """Tokens that each slot has seen: `tensor` (slots) int64 on the device, and `bound`, an int that none of
     them exceeds: the host's knowledge, so that attention reads only so many keys without asking the device."""
@@ -112,8 +101,11 @@ class KVCache:
         length: int,
         slots: Tensor | None,
         cu_seqlens: Tensor | None,
+        first: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(row, slot, position) of every token of a call, each (b, length).
+
+        first: tokens that were written behind the slots' own and not counted.
 
         row: of a dense batch, or the sequence of a packed one (then b = 1). position: `capacity` in padding slots and
         where a slot is full. Tokens past a row's num_tokens have places like the others: nobody sees them there,
@@ -126,7 +118,7 @@ class KVCache:
         before = read_slots(self.lengths.tensor, slots, rows)
         if cu_seqlens is None:
             row = torch.arange(rows, device=device)[:, None].expand(-1, length)
-            position = before[:, None] + token
+            position = before[:, None] + first + token
         else:
             bounds = cu_seqlens.to(torch.int64)
             row = torch.searchsorted(bounds, token, right=True).sub_(1).clamp_(0, rows - 1)[None]
@@ -139,3 +131,23 @@ class KVCache:
         """Write k, v (b,l,hkv,dim) at the places of their tokens."""
         self.keys[slot, position] = k.to(self.keys.dtype)
         self.values[slot, position] = v.to(self.values.dtype)
+
+    def keep_path(self, slots: Tensor | None, path: Tensor, num_new: Tensor) -> None:
+        """Before `lengths` advance: of a tree's nodes, written one after the other, move the accepted ones together.
+
+        path (b,j): node of new token i + 1; num_new (b): new tokens of a row, node 0 among them.
+        """
+        rows, count = path.shape
+        if not count:
+            return
+        if slots is None:
+            slots = torch.arange(rows, device=path.device)
+        before = read_slots(self.lengths.tensor, slots, rows)[:, None]
+        token = torch.arange(1, count + 1, device=path.device)
+        moves = (token < num_new[:, None]) & (slots[:, None] >= 0)
+        capacity = self.lengths.capacity
+        source = (before + path.clamp(min=0)).clamp(max=capacity)
+        target = torch.where(moves, before + token, capacity).clamp(max=capacity)
+        slot = slots.clamp(min=0)[:, None].expand(-1, count)
+        for tensor in self.tensors():
+            tensor[slot, target] = tensor[slot, source]
