@@ -59,6 +59,16 @@ _ALL = (
         sizes=_SUPER_STEP,
     ),
     Op(
+        "ssd_replay",
+        "mamba2",
+        "cuda",
+        "ssd_update with rollback by replay: 1 to 32 tokens a call, chains and trees",
+        "tigon.reference.ssd_replay:ssd_replay",
+        "tigon.native:ssd_replay",
+        public=False,
+        sizes=_SUPER_STEP,
+    ),
+    Op(
         "causal_conv1d",
         "mamba2",
         "triton",
@@ -85,6 +95,16 @@ _ALL = (
         "Decode step of the causal convolution: 1 to 16 tokens a call on slot-indexed windows",
         "tigon.reference.conv1d:conv1d_update",
         "tigon.native:conv1d_update",
+        sizes={"b": 64, "m": 1, "d": 10240, "width": 4},
+    ),
+    Op(
+        "conv1d_replay",
+        "mamba2",
+        "cuda",
+        "causal_conv1d_update with rollback by replay: 1 to 32 tokens a call, chains and trees",
+        "tigon.reference.conv1d_replay:conv1d_replay",
+        "tigon.native:conv1d_replay",
+        public=False,
         sizes={"b": 64, "m": 1, "d": 10240, "width": 4},
     ),
     Op(

@@ -23,6 +23,7 @@ from tigon.native.loader import (
 from tigon.native.mamba2 import conv1d_update, ssd_update
 from tigon.native.moe import moe_route, moe_route_backward, moe_sort
 from tigon.native.quantize import dequantize, quantize_fp8, quantize_mxfp8, quantize_nvfp4
+from tigon.native.replay import conv1d_replay, ssd_replay
 
 PLANS = mamba2.PLANS | quantize.PLANS | moe.PLANS
 
@@ -33,6 +34,7 @@ __all__ = [
     "Loader",
     "RunTimeCompiler",
     "available",
+    "conv1d_replay",
     "conv1d_update",
     "cuda_headers",
     "dequantize",
@@ -46,6 +48,7 @@ __all__ = [
     "quantize_mxfp8",
     "quantize_nvfp4",
     "sources",
+    "ssd_replay",
     "ssd_update",
     "status",
     "use_host_library",

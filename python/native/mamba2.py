@@ -90,6 +90,10 @@ def ssd_update(
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
+    state_scale: Tensor | None = None,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+    layer: int = 0,
 ) -> Tensor:
     """m steps of the recurrence on slot-indexed states, in place: the launcher of csrc/ssd_update.cu.
 

@@ -14,6 +14,15 @@ from tigon.ops.quantize import (
     quantize_nvfp4,
 )
 from tigon.ops.quantized import FP8Tensor, MXFP8Tensor, NVFP4Tensor
+from tigon.ops.replay import (
+    ReplayCache,
+    ReplayCursor,
+    replay_advance,
+    replay_commit,
+    replay_state,
+    replay_store_window,
+    replay_window,
+)
 from tigon.ops.routing import Routing
 from tigon.ops.ssd import ssd_scan, ssd_update
 
@@ -23,6 +32,8 @@ __all__ = [
     "MXFP8Tensor",
     "NVFP4Tensor",
     "RMSNorm",
+    "ReplayCache",
+    "ReplayCursor",
     "Routing",
     "backend",
     "batch_invariant",
@@ -38,6 +49,11 @@ __all__ = [
     "quantize_fp8",
     "quantize_mxfp8",
     "quantize_nvfp4",
+    "replay_advance",
+    "replay_commit",
+    "replay_state",
+    "replay_store_window",
+    "replay_window",
     "rms_norm",
     "scaled_mm",
     "ssd_scan",

@@ -11,6 +11,7 @@ from torch import Tensor
 from tigon.ops.checks import INDEX, Check, beside_dtypes, inner_is_strided
 from tigon.ops.dispatch import call, inner, run
 from tigon.ops.library import differentiable, once_differentiable, register
+from tigon.ops.replay import check_ancestors, check_conv_ring, check_slots, unpack
 from tigon.ops.ssd import MAX_STEP
 
 MAX_WIDTH = 8
@@ -155,7 +156,7 @@ register(
 
 def causal_conv1d_update(
     x: Tensor,
-    conv_state: Tensor,
+    conv_state: Tensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
@@ -168,12 +169,15 @@ def causal_conv1d_update(
     """Decode: convolve 1 to 16 new tokens a row and advance its window, in place.
 
     Args:
-        x: (b,d) for one token a row, or (b,m,d) with 1 <= m <= 16.
+        x: (b,d) for one token a row, or (b,m,d) with 1 <= m <= 16, or m <= flush <= 32 with replay.
         conv_state: (slots,d,W), W >= width-1: the last W inputs, newest last, fp32, bf16 or fp16. Updated in place.
         weight: (d,width). bias: (d). activation: as in causal_conv1d.
         state_indices: (b) int32 or int64, the slot of each row; negative: padding, zeros come out, nothing is touched.
         num_tokens: (b) int32 or int64, tokens of the row that are real; the others give zeros.
-        replay, ancestors: places for replay and trees, which are not in this version.
+        replay: (ReplayCache of the layer, ReplayCursor), see `tigon.ops.replay`: the window before the call is that at
+            cursor.length in the ring cache.conv (zeros before position 0), and x goes to the ring behind it.
+            conv_state is None then, or cache.conv itself.
+        ancestors: (b,m) int32 with replay, as in ssd_update: the taps of a node are its ancestors, then the window.
 
     Returns:
         y like x.
@@ -181,50 +185,58 @@ def causal_conv1d_update(
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range, by name.
         RuntimeError: an argument requires a gradient; causal_conv1d has gradients.
-        NotImplementedError: an argument that is not in this version, by name.
     """
     check = Check("causal_conv1d_update")
-    check.not_yet(replay=replay, ancestors=ancestors)
     check.one_of("x", x, "b d", "b m d")
     single = x.dim() == 2
     _check_weights(check, x, weight, bias, activation, cast=False)
-    check.tensor("conv_state", conv_state, "slots d W")
-    check.no_gradient("causal_conv1d", x=x, conv_state=conv_state, weight=weight, bias=bias)
-    slots, window = conv_state.shape[0], conv_state.shape[2]
     b, m = x.shape[0], 1 if single else x.shape[1]
-    least = weight.shape[1] - 1
-    check.require(
-        window >= least, f"conv_state holds W={window} inputs, at least width-1={least} are needed"
-    )
-    check.require(
-        1 <= m <= MAX_STEP,
-        f"x has m={m} tokens a row, allowed: 1 to {MAX_STEP}; use causal_conv1d for more",
-    )
+    width = weight.shape[1]
+    if replay is None:
+        check.tensor("conv_state", conv_state, "slots d W")
+        window = conv_state.shape[2]
+        check.require(
+            window >= width - 1,
+            f"conv_state holds W={window} inputs, at least width-1={width - 1} are needed",
+        )
+        check.require(
+            1 <= m <= MAX_STEP,
+            f"x has m={m} tokens a row, allowed: 1 to {MAX_STEP}; use causal_conv1d for more",
+        )
+    else:
+        cache, cursor = unpack(check, replay, m)
+        if conv_state is not None and conv_state is not cache.conv:
+            check.fail("conv_state must be None or cache.conv with replay")
+        check_conv_ring(check, cache.conv, x, width, m)
+        conv_state, window = cache.conv, cache.conv.shape[2]
+    check.no_gradient("causal_conv1d", x=x, conv_state=conv_state, weight=weight, bias=bias)
+    slots = conv_state.shape[0]
     check.tensor("state_indices", state_indices, "b", dtypes=INDEX, optional=True)
     check.tensor("num_tokens", num_tokens, "b", dtypes=INDEX, optional=True)
-    if state_indices is None:
-        check.require(
-            b <= slots, f"conv_state has {slots} slots for b={b} rows; pass state_indices"
-        )
-    elif state_indices.numel():
-        check.require(slots > 0, "conv_state has no slots")
-        check.within("state_indices", state_indices, -(2**31), slots - 1)
-        check.distinct("state_indices", state_indices)
+    check_slots(check, "conv_state has", slots, b, state_indices)
     check.within("num_tokens", num_tokens, 0, m)
     if inner_is_strided(conv_state):
         check.fail("conv_state must be contiguous in (d, W): it is updated in place")
+    if ancestors is not None and replay is None:
+        check.fail("ancestors say which tokens of a tree see which; they need replay")
+    ancestors = check_ancestors(check, ancestors, single)
     rows = inner("x", x[:, None] if single else x, 1)
-    args = (
-        rows,
-        conv_state,
-        inner("weight", weight, 2),
-        None if bias is None else inner("bias", bias, 1),
-    )
-    args += (
-        inner("state_indices", state_indices, 1),
-        inner("num_tokens", num_tokens, 1),
-        activation is not None,
-    )
-    sizes = {"b": b, "m": m, "d": x.shape[-1], "width": weight.shape[1], "window": window}
-    y = call("causal_conv1d_update", rows, args, sizes | {"itemsize": x.element_size()})
+    filters = (inner("weight", weight, 2), None if bias is None else inner("bias", bias, 1))
+    where = (inner("state_indices", state_indices, 1), inner("num_tokens", num_tokens, 1))
+    sizes = {"b": b, "m": m, "d": x.shape[-1], "width": width, "window": window}
+    sizes |= {"itemsize": x.element_size()}
+    if replay is None:
+        args = (rows, conv_state, *filters, *where, activation is not None)
+        y = call("causal_conv1d_update", rows, args, sizes)
+    else:
+        args = (
+            rows,
+            conv_state,
+            cursor.length,
+            *filters,
+            *where,
+            ancestors,
+            activation is not None,
+        )
+        y = call("conv1d_replay", rows, args, sizes)
     return y[:, 0] if single else y

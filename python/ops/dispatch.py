@@ -264,7 +264,7 @@ def explain(op: str, *args: Any, arch: int | None = None, **kwargs: Any) -> Expl
         getattr(ops, op)(*args, **kwargs)
         raise AssertionError(f"{op} did not reach its launch")
     except _Stop as stop:
-        _, main, sizes = stop.args
+        op, main, sizes = stop.args  # a form of an op may be registered by itself
         copies = tuple(_recording)
     finally:
         _recording = before

@@ -34,7 +34,7 @@ def _telling_autograd(implementation: Callable, written: list[int]) -> Callable:
     def mutating(*args):
         result = implementation(*args)
         for i in written:
-            if args[i] is not None and not args[i].is_inference():
+            if i < len(args) and args[i] is not None and not args[i].is_inference():
                 torch.autograd.graph.increment_version(args[i])
         return result
 

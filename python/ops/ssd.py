@@ -14,6 +14,8 @@ from torch import Tensor
 from tigon.ops.checks import INDEX, Check, activation_dtypes, beside_dtypes, inner_is_strided
 from tigon.ops.dispatch import call, inner, is_batch_invariant, run
 from tigon.ops.library import differentiable, once_differentiable, register
+from tigon.ops.replay import STATES, check_ancestors, check_rings, check_slots, unpack
+from tigon.reference.state_format import is_scaled
 
 MAX_DIM = 256  # of p and n: one program keeps a (p tile, n) state in registers
 MAX_STEP = 16  # tokens a call of ssd_update
@@ -221,8 +223,8 @@ def _update_fake(state, x, *rest):
 
 register(
     "ssd_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? dt_bias, Tensor? state_indices, Tensor? num_tokens, bool dt_softplus, float dt_min, float dt_max)"
-    " -> Tensor",
+    "Tensor? dt_bias, Tensor? state_indices, Tensor? num_tokens, bool dt_softplus, float dt_min, float dt_max, "
+    "Tensor(b!)? state_scale=None, Tensor? seeds=None, Tensor? positions=None, int layer=0) -> Tensor",
     _update,
     _update_fake,
 )
@@ -255,18 +257,29 @@ def ssd_update(
 
     Unlike mamba_ssm and transformers, dt_limit applies here as it does in the scan.
 
+    With `replay` the new tokens go to rings and the state is rewritten only at absolute positions that are multiples
+    of cursor.flush, so that rejected tokens are undone by not advancing over them (`replay_advance`). Outputs are
+    those of the recurrence whose state is rounded at these positions, whatever was grouped or rejected before.
+
     Args:
-        state: (slots,h,p,n) fp32, bf16 or fp16, updated in place; slots may be strided, the rest contiguous.
-        x: (b,h,p) for one token a row, or (b,m,h,p) with 1 <= m <= 16.
+        state: (slots,h,p,n) fp32, bf16, fp16, or int8 or float8_e4m3fn with state_scale; updated in place; slots may be
+            strided, the rest contiguous.
+        x: (b,h,p) for one token a row, or (b,m,h,p) with 1 <= m <= 16, or m <= flush <= 32 with replay.
         dt: (b,h) or (b,m,h). A: (h). B, C: (b,g,n) or (b,m,g,n). z: like x. D: (h) or (h,p). dt_bias: (h).
             Dtypes as in ssd_scan.
         state_indices: (b) int32 or int64, the slot of each row; negative: padding, zeros come out and nothing is
             touched. None: row i uses slot i. Two rows may not name one slot.
         num_tokens: (b) int32 or int64, tokens of the row that are real, 0 to m; the others give zeros. None: all.
-        rounding: "nearest", of the state to its dtype. "stochastic" is not in this version.
+        state_scale: (slots,h,p) fp32, updated in place: of each row of an 8-bit state; value = code * scale.
+        rounding: of the state to its dtype, "nearest" (ties to even) or "stochastic": 16 random bits an element below
+            the last place kept, a function of (seed, layer, absolute position of the write, element). fp32 is exact.
+        seeds: (b) int64, the request's seed; for stochastic rounding.
+        positions: (b) int32 or int64, absolute position of the first new token; for stochastic rounding without replay,
+            where the position of the write is positions + num_tokens. With replay the cursor says it.
         layer: names the random bits of stochastic rounding; without effect on nearest.
-        state_scale, seeds, positions, replay, ancestors: places for 8-bit states, stochastic rounding, replay and
-            trees, which are not in this version.
+        replay: (ReplayCache of the layer, ReplayCursor), see `tigon.ops.replay`.
+        ancestors: (b,m) int32 with replay: the new tokens are a tree, bit j of ancestors[b,i] says that node j is i or
+            an ancestor of i; parents come before children.
 
     Returns:
         y like x.
@@ -274,52 +287,81 @@ def ssd_update(
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range, by name.
         RuntimeError: an argument requires a gradient; ssd_scan has gradients.
-        NotImplementedError: an argument that is not in this version, by name.
     """
     check = Check("ssd_update")
     if rounding not in ("nearest", "stochastic"):
         check.fail(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
-    later = {"state_scale": state_scale, "seeds": seeds, "positions": positions, "replay": replay}
-    stochastic = rounding if rounding == "stochastic" else None
-    check.not_yet(rounding=stochastic, **later, ancestors=ancestors)
     check.one_of("x", x, "b h p", "b m h p")
     single = x.dim() == 3
     low, high = _check_common(
         check, x, dt, A, B, C, D, z, dt_bias, dt_limit, "b" if single else "b m", cast=False
     )
-    check.tensor("state", state, "slots h p n")
+    check.tensor("state", state, "slots h p n", dtypes=STATES)
     check.no_gradient("ssd_scan", state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     slots, b = state.shape[0], x.shape[0]
     m = 1 if single else x.shape[1]
-    check.require(
-        1 <= m <= MAX_STEP,
-        f"x has m={m} tokens a row, allowed: 1 to {MAX_STEP}; use ssd_scan for more",
-    )
+    if replay is None:
+        check.require(
+            1 <= m <= MAX_STEP,
+            f"x has m={m} tokens a row, allowed: 1 to {MAX_STEP}; use ssd_scan for more",
+        )
+    else:
+        cache, cursor = unpack(check, replay, m)
+        check_rings(check, cache, cursor, x, m)
     check.tensor("state_indices", state_indices, "b", dtypes=INDEX, optional=True)
     check.tensor("num_tokens", num_tokens, "b", dtypes=INDEX, optional=True)
-    if state_indices is None:
-        check.require(b <= slots, f"state has {slots} slots for b={b} rows; pass state_indices")
-    elif state_indices.numel():
-        check.require(slots > 0, "state has no slots")
-        check.within("state_indices", state_indices, -(2**31), slots - 1)
-        check.distinct("state_indices", state_indices)
+    check_slots(check, "state has", slots, b, state_indices)
     check.within("num_tokens", num_tokens, 0, m)
     if inner_is_strided(state):
         check.fail("state must be contiguous in (h, p, n): it is updated in place")
+    _check_rounding(check, state, state_scale, rounding, seeds, positions, layer, replay)
+    if ancestors is not None and replay is None:
+        check.fail("ancestors say which tokens of a tree see which; they need replay")
+    ancestors = check_ancestors(check, ancestors, single)
     if single:
         x, dt, B, C = x[:, None], dt[:, None], B[:, None], C[:, None]
         z = None if z is None else z[:, None]
-    args = (
-        *(state, inner("x", x, 2), dt, inner("A", A, 1), inner("B", B, 2), inner("C", C, 2)),
-        *(
-            None if D is None else inner("D", D, D.dim()),
-            inner("z", z, 2),
-            inner("dt_bias", dt_bias, 1),
-        ),
-        *(inner("state_indices", state_indices, 1), inner("num_tokens", num_tokens, 1)),
-        *(bool(dt_softplus), low, high),
+    tokens = (inner("x", x, 2), dt, inner("A", A, 1), inner("B", B, 2), inner("C", C, 2))
+    tokens += (
+        None if D is None else inner("D", D, D.dim()),
+        inner("z", z, 2),
+        inner("dt_bias", dt_bias, 1),
+        inner("state_indices", state_indices, 1),
+        inner("num_tokens", num_tokens, 1),
     )
+    steps = (bool(dt_softplus), low, high)
+    seeds = inner("seeds", seeds, 1) if rounding == "stochastic" else None
     sizes = {"b": b, "m": m, "h": x.shape[2], "p": x.shape[3], "g": B.shape[2], "n": B.shape[3]}
     sizes |= {"itemsize": x.element_size(), "state_itemsize": state.element_size()}
-    y = call("ssd_update", x, args, sizes)
+    if replay is None:
+        positions = None if seeds is None else inner("positions", positions, 1)
+        args = (state, *tokens, *steps, state_scale, seeds, positions, layer)
+        y = call("ssd_update", x, args, sizes)
+    else:
+        where = (state, state_scale, cache.x, cache.B, cache.dt, cursor.checkpoint, cursor.length)
+        args = (*where, *tokens, ancestors, seeds, cursor.flush, layer, *steps)
+        y = call("ssd_replay", x, args, sizes | {"flush": cursor.flush})
     return y[:, 0] if single else y
+
+
+def _check_rounding(check, state, state_scale, rounding, seeds, positions, layer, replay) -> None:
+    if is_scaled(state.dtype):
+        check.tensor("state_scale", state_scale, "slots h p", dtypes=(torch.float32,))
+        if inner_is_strided(state_scale):
+            check.fail("state_scale must be contiguous in (h, p): it is updated in place")
+    elif state_scale is not None:
+        check.fail(f"state_scale belongs to int8 and float8_e4m3fn states, state is {state.dtype}")
+    check.require(
+        isinstance(layer, int) and 0 <= layer < 2**24,
+        f"layer must be an int from 0 to {2**24 - 1}, got {layer}",
+    )
+    check.tensor("seeds", seeds, "b", dtypes=(torch.int64,), optional=True)
+    if replay is not None and positions is not None:
+        check.fail("positions follow from the cursor with replay; leave them out")
+    check.tensor("positions", positions, "b", dtypes=INDEX, optional=True)
+    if rounding == "stochastic":
+        check.require(seeds is not None, "rounding='stochastic' needs seeds (b) int64")
+        check.require(
+            positions is not None or replay is not None,
+            "rounding='stochastic' needs positions (b), of each row's first new token",
+        )

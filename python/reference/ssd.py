@@ -25,6 +25,7 @@ from torch import Tensor
 from tigon.reference.chunks import Dense, cut_chunks, one_sequence
 from tigon.reference.elementwise import silu, softplus
 from tigon.reference.slots import write_slots
+from tigon.reference.state_format import decode_state, encode_state, raw
 
 CHUNK = 64  # tokens: a chunk's blocks over token pairs stay in the CPU's cache
 
@@ -434,11 +435,16 @@ def ssd_update(
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
+    state_scale: Tensor | None = None,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+    layer: int = 0,
 ) -> Tensor:
     """m steps of the recurrence on slot-indexed states, updated in place: x (b,m,h,p) -> y (b,m,h,p).
 
     state (slots,h,p,n). Rows whose slot is out of [0, slots) are padding: zeros come out, nothing is touched.
-    Tokens from num_tokens[row] on are padding too.
+    Tokens from num_tokens[row] on are padding too. The state is rounded once, at the end: to nearest, or with seeds (b)
+    and positions (b), where the first token stands, stochastically; with state_scale (slots,h,p) to 8-bit codes.
     """
     acc, _, A, skip, bias = _prepare(x, A, D, dt_bias, False)
     batch, m = x.shape[:2]
@@ -447,11 +453,17 @@ def ssd_update(
     y = torch.zeros_like(x, memory_format=torch.contiguous_format)
     step = _Step(x, dt, A, B, C, skip, z, acc)
     if state_indices is None and num_tokens is None:
-        S = state[:batch].to(acc)  # the state itself where the dtypes agree
+        scale = None if state_scale is None else state_scale[:batch]
+        # The state itself where the dtypes agree.
+        S = decode_state(state[:batch], scale, acc)
         for j in range(m):
             y[:, j] = step.output(step.advance(S, j), j)
         if S.dtype != state.dtype:
-            state[:batch] = S
+            after = None if seeds is None else positions + m
+            codes, scale = encode_state(S, state.dtype, seeds=seeds, positions=after, layer=layer)
+            raw(state)[:batch] = raw(codes)
+            if scale is not None:
+                state_scale[:batch] = scale
         return y
     index = (
         torch.arange(batch, device=x.device)
@@ -461,13 +473,24 @@ def ssd_update(
     live = (index >= 0) & (index < slots)
     count = torch.full_like(index, m) if num_tokens is None else num_tokens.to(torch.int64)
     count = torch.where(live, count, 0)
-    S = state[index.clamp(0, slots - 1)].to(acc)
+    live = live & (count > 0)
+    place = index.clamp(0, slots - 1)
+    before = raw(state)[place]
+    old_scale = None if state_scale is None else state_scale[place]
+    S = decode_state(before.view(state.dtype), old_scale, acc)
     for j in range(m):
         active = (j < count)[:, None, None]
         new = step.advance(S.clone(), j)
         y[:, j] = torch.where(active, step.output(new, j), 0)
         S = torch.where(active[..., None], new, S)
-    write_slots(state, S, index, live)
+    after = None if seeds is None else positions + count
+    codes, scale = encode_state(S, state.dtype, seeds=seeds, positions=after, layer=layer)
+    # A row that is not live writes back what it read.
+    codes = torch.where(live[:, None, None, None], raw(codes), before)
+    write_slots(raw(state), codes, index, live)
+    if scale is not None:
+        scale = torch.where(live[:, None, None], scale, old_scale)
+        write_slots(state_scale, scale, index, live)
     return y
 
 

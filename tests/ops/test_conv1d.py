@@ -159,10 +159,9 @@ def test_a_step_that_wants_a_gradient_is_refused():
         tigon.causal_conv1d_update(x, torch.zeros(2, 6, 3), weight)
 
 
-@pytest.mark.parametrize("name", ["replay", "ancestors"])
-def test_what_this_version_lacks_is_refused_by_name(name):
-    with pytest.raises(NotImplementedError, match=f"causal_conv1d_update: {name} is not supported"):
-        tigon.causal_conv1d_update(X[:, 0], torch.zeros(2, 6, 3), W, **{name: torch.zeros(2)})
+def test_a_tree_without_replay_is_refused():
+    with pytest.raises(ValueError, match=r"causal_conv1d_update: ancestors .* they need replay"):
+        tigon.causal_conv1d_update(X[:, 0], torch.zeros(2, 6, 3), W, ancestors=torch.ones(2).int())
 
 
 X, W = torch.zeros(2, 9, 6), torch.zeros(6, 4)

@@ -218,13 +218,7 @@ def test_prefill_in_pieces_then_token_by_token_equals_one_scan(pieces):
     torch.testing.assert_close(state, final)
 
 
-@pytest.mark.parametrize(
-    "name", ["state_scale", "seeds", "positions", "replay", "ancestors", "rounding"]
-)
-def test_what_this_version_lacks_is_refused_by_name(name):
-    value = "stochastic" if name == "rounding" else torch.zeros(3)
-    with pytest.raises(NotImplementedError, match=f"ssd_update: {name} is not supported"):
-        update(make(), **{name: value})
+def test_an_unknown_rounding_is_refused():
     with pytest.raises(ValueError, match="rounding must be 'nearest' or 'stochastic'"):
         update(make(), rounding="up")
 
@@ -253,6 +247,18 @@ REFUSED = {
     "index shape": ({"state_indices": torch.tensor([0, 1])}, ValueError, "state_indices has shape"),
     "token counts": ({"num_tokens": torch.tensor([0, 3, 1])}, ValueError, r"num_tokens must lie in \[0, 2\]"),
     "dt_limit": ({"dt_limit": (2.0, 1.0)}, ValueError, "dt_limit must be"),
+    "scale of a wide state": ({"state_scale": torch.ones(3, 4, 5)}, ValueError, "state_scale belongs to int8"),
+    "8-bit state alone": (
+        {"state": torch.zeros(3, 4, 5, 6, dtype=torch.int8)}, TypeError, "state_scale must be a Tensor"),
+    "scale shape": (
+        {"state": torch.zeros(3, 4, 5, 6, dtype=torch.int8), "state_scale": torch.ones(3, 4)}, ValueError,
+        "state_scale has shape"),
+    "no seeds": ({"rounding": "stochastic", "positions": torch.zeros(3).int()}, ValueError, "needs seeds"),
+    "no positions": ({"rounding": "stochastic", "seeds": torch.zeros(3).long()}, ValueError, "needs positions"),
+    "seeds dtype": ({"seeds": torch.zeros(3).int()}, TypeError, "seeds has dtype int32"),
+    "layer": ({"layer": -1}, ValueError, "layer must be an int from 0"),
+    "tree without replay": ({"ancestors": torch.ones(3, 2).int()}, ValueError, "they need replay"),
+    "replay is no pair": ({"replay": 3}, TypeError, "replay must be a pair"),
 }  # fmt: skip
 
 
