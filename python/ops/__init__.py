@@ -15,6 +15,7 @@ from tigon.ops.quantize import (
 )
 from tigon.ops.quantized import FP8Tensor, MXFP8Tensor, NVFP4Tensor
 from tigon.ops.routing import Routing
+from tigon.ops.sampling import VerifyRule, sample, tree_ancestors, verify_draft, verify_tree
 from tigon.ops.ssd import ssd_scan, ssd_update
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "NVFP4Tensor",
     "RMSNorm",
     "Routing",
+    "VerifyRule",
     "backend",
     "batch_invariant",
     "causal_conv1d",
@@ -39,7 +41,11 @@ __all__ = [
     "quantize_mxfp8",
     "quantize_nvfp4",
     "rms_norm",
+    "sample",
     "scaled_mm",
     "ssd_scan",
     "ssd_update",
+    "tree_ancestors",
+    "verify_draft",
+    "verify_tree",
 ]
