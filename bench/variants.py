@@ -39,6 +39,16 @@ VARIANTS: dict[str, dict[str, object]] = {
         "nvfp4": {"format": "nvfp4"},
         "fp8": {"format": "fp8-row"},
     },
+    "sample": {"plain": {}, "top-k-p": {"top_k": 50, "top_p": 0.9}, "greedy": {"temperature": 0.0}},
+    "verify_draft": {
+        "token": {"rule": "token", "draft_logits": True},
+        "token-greedy-drafts": {"rule": "token", "draft_logits": False},
+        "block": {"rule": "block", "draft_logits": True},
+        "strict": {"rule": "strict", "draft_logits": False},
+        "greedy": {"rule": "greedy", "draft_logits": False},
+        "token-top-k-p": {"rule": "token", "draft_logits": True, "top_k": 50, "top_p": 0.9},
+    },
+    "verify_tree": {"strict": {"rule": "strict"}, "greedy": {"rule": "greedy"}},
 }
 
 

@@ -16,6 +16,8 @@ and backward together.
     grouped_mm    FLOPs 2 rows N K; bytes: rows in and out, the matrices that rows go to
     moe_experts   FLOPs 4 T K M L (6 with a gate), twice that in backward and the first product where it is done again;
                   bytes: x and y, the matrices of experts that tokens choose (uniformly), what is kept, all gradients
+    sample        bytes: the logits once; FLOPs 4 a logit and pass (shift, scale, power, sum)
+    verify_*      bytes: the logits once; those of masses (`block`) and of a replaced draft again
 """
 
 from collections.abc import Callable, Mapping
@@ -158,6 +160,27 @@ def moe_experts(
     return forward, Work(moved, 2 * flops + (save == "nothing") * product)
 
 
+def sample(itemsize: int, choice: dict, b: int, V: int) -> tuple[Work]:
+    return (Work(b * V * itemsize + 20 * b, 4 * b * V),)
+
+
+def verify_draft(itemsize: int, choice: dict, b: int, K: int, V: int) -> tuple[Work]:
+    rejects, both = choice["rule"] in ("token", "block"), bool(choice["draft_logits"])
+    once = b * V * (K + 1 + K * both)
+    again = rejects * b * V * (1 + both)
+    if choice["rule"] == "block":
+        again += b * V * max(K - 1, 0) * (1 + both)
+    return (Work((once + again) * itemsize + b * (8 * K + 28), 4 * (once + again)),)
+
+
+def verify_tree(itemsize: int, choice: dict, b: int, N: int, V: int) -> tuple[Work]:
+    return (Work(b * N * (V * itemsize + 20), 4 * b * N * V),)
+
+
+def tree_ancestors(itemsize: int, b: int, N: int) -> tuple[Work]:
+    return (Work(16 * b * N, 0),)
+
+
 COUNTERS: dict[str, Callable[..., tuple[Work, ...]]] = {
     count.__name__: count
     for count in (
@@ -176,6 +199,10 @@ COUNTERS: dict[str, Callable[..., tuple[Work, ...]]] = {
         moe_sort,
         grouped_mm,
         moe_experts,
+        sample,
+        verify_draft,
+        verify_tree,
+        tree_ancestors,
     )
 }
 

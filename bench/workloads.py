@@ -6,7 +6,7 @@
 Inputs look as they do in a trained layer: decays of a few to a few hundred tokens, activations of unit variance,
 parameters in fp32. Every option of the op that a model uses is on. On the meta device nothing is allocated.
 Variants of ops are in `bench/variants.py`; the low-precision ops and those of mixtures of experts have builders of
-their own (`bench/lowprec.py`, `bench/moe.py`).
+their own (`bench/lowprec.py`, `bench/moe.py`, `bench/sampling.py`).
 """
 
 import math
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import tigon
-from tigon.bench import lowprec, moe
+from tigon.bench import lowprec, moe, sampling
 from tigon.bench.variants import VARIANTS, chosen
 from tigon.ops.quantized import QuantizedTensor
 from tigon.ops.routing import Routing
@@ -32,6 +32,7 @@ SMALL = {
     "rms_norm": {"t": 100, "d": 1024},
     **lowprec.SMALL,
     **moe.SMALL,
+    **sampling.SMALL,
 }
 
 
@@ -191,6 +192,7 @@ BUILDERS: dict[str, Callable[..., dict]] = (
     }
     | lowprec.BUILDERS
     | moe.BUILDERS
+    | sampling.BUILDERS
 )
 
 

@@ -264,6 +264,43 @@ _ALL = (
         public=False,
         sizes={"t": 8192, "k": 22, "e": 512, "m": 2688, "l": 1024},
     ),
+    Op(
+        "sample",
+        "speculative decoding",
+        "cuda",
+        "A draw a row at temperature, top-k and top-p, with random bits by seed and position",
+        "tigon.reference.sampling:sample",
+        "tigon.native:sample",
+        sizes={"b": 32, "V": 131072},
+    ),
+    Op(
+        "verify_draft",
+        "speculative decoding",
+        "cuda",
+        "Drafts against the target's logits: lossless by token, block, own draw or argmax",
+        "tigon.reference.sampling:verify_draft",
+        "tigon.native:verify_draft",
+        sizes={"b": 32, "K": 5, "V": 131072},
+    ),
+    Op(
+        "verify_tree",
+        "speculative decoding",
+        "cuda",
+        "A tree of drafts against the target's own draws",
+        "tigon.reference.sampling:verify_tree",
+        "tigon.native:verify_tree",
+        sizes={"b": 32, "N": 16, "V": 131072},
+    ),
+    Op(
+        "tree_ancestors",
+        "speculative decoding",
+        "cuda",
+        "Ancestor bits and depths of draft trees",
+        "tigon.reference.sampling:tree_ancestors",
+        "tigon.native:tree_ancestors",
+        dtypes=("int32",),
+        sizes={"b": 32, "N": 16},
+    ),
 )
 
 OPS: dict[str, Op] = {op.name: op for op in _ALL}

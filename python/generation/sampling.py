@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tigon.modules.state import read_slots
 from tigon.ops import sample, verify_draft, verify_tree
+from tigon.reference.sampling import Settings, noise
 
 RULES = ("token", "block", "strict", "greedy")
 
@@ -80,6 +81,12 @@ class Sampling:
         """(r,V) numbers whose largest is `draft`'s choice: logits, with the Gumbel noise of their position."""
         if self.greedy:
             return logits
-        from tigon.reference.sampling import perturbed
+        of = self._of(slots)
+        settings = Settings(*(v for n in ("temperature", "top_k", "top_p") for v in _pair(of[n])))
+        draft = PURPOSES["draft"]
+        x = settings.scaled(logits[:, None])[:, 0]
+        return x + noise(of["seeds"], positions, draft, logits.shape[-1], x.dtype)
 
-        return perturbed(logits, positions=positions, purpose="draft", **self._of(slots))
+
+def _pair(value: float | Tensor) -> tuple[Tensor | None, float | Tensor]:
+    return (value, value) if isinstance(value, Tensor) else (None, value)

@@ -222,7 +222,9 @@ class ReplayMambaCache(MambaCache):
     def read(self, slots: Tensor | None, rows: int, A: Tensor) -> tuple[Tensor, Tensor]:
         if slots is None:
             slots = torch.arange(rows, device=self.ssm.device)
-        ssm = replay_state(self.ssm, *self._replay, slots, A, state_scale=self.scale)
+        random = self._random(slots, rows)
+        random.pop("positions", None)
+        ssm = replay_state(self.ssm, *self._replay, slots, A, self.scale, **random)
         return replay_window(*self._replay, slots, self.width), ssm
 
     def write(self, slots: Tensor | None, conv: Tensor, ssm: Tensor, added: Tensor) -> None:

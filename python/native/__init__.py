@@ -1,11 +1,11 @@
 """The CUDA C++ kernels of csrc/: found, planned, packed and launched.
 
-``loader`` finds a way to them, ``mamba2``, ``quantize`` and ``moe`` hold a launcher for each kernel.
+``loader`` finds a way to them, ``mamba2``, ``quantize``, ``moe`` and ``sampling`` hold a launcher for each kernel.
 
 Importing this package needs the standard library only, so that ``tigon doctor`` works without torch.
 """
 
-from tigon.native import mamba2, moe, quantize
+from tigon.native import mamba2, moe, quantize, sampling
 from tigon.native.loader import (
     Extension,
     HostLibrary,
@@ -24,8 +24,9 @@ from tigon.native.mamba2 import conv1d_update, ssd_update
 from tigon.native.moe import moe_route, moe_route_backward, moe_sort
 from tigon.native.quantize import dequantize, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 from tigon.native.replay import conv1d_replay, ssd_replay
+from tigon.native.sampling import sample, tree_ancestors, verify_draft, verify_tree
 
-PLANS = mamba2.PLANS | quantize.PLANS | moe.PLANS
+PLANS = mamba2.PLANS | quantize.PLANS | moe.PLANS | sampling.PLANS
 
 __all__ = [
     "Extension",
@@ -47,11 +48,15 @@ __all__ = [
     "quantize_fp8",
     "quantize_mxfp8",
     "quantize_nvfp4",
+    "sample",
     "sources",
     "ssd_replay",
     "ssd_update",
     "status",
+    "tree_ancestors",
     "use_host_library",
+    "verify_draft",
+    "verify_tree",
 ]
 
 

@@ -24,6 +24,7 @@ from tigon.ops.replay import (
     replay_window,
 )
 from tigon.ops.routing import Routing
+from tigon.ops.sampling import VerifyRule, sample, tree_ancestors, verify_draft, verify_tree
 from tigon.ops.ssd import ssd_scan, ssd_update
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "ReplayCache",
     "ReplayCursor",
     "Routing",
+    "VerifyRule",
     "backend",
     "batch_invariant",
     "causal_conv1d",
@@ -55,7 +57,11 @@ __all__ = [
     "replay_store_window",
     "replay_window",
     "rms_norm",
+    "sample",
     "scaled_mm",
     "ssd_scan",
     "ssd_update",
+    "tree_ancestors",
+    "verify_draft",
+    "verify_tree",
 ]
