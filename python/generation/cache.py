@@ -64,14 +64,10 @@ class HybridCache:
             "tokens": tokens,
             "cursor": self.cursor,
         }
-        self.layers = [
-            self._allocate(layer, dtype, ssm_dtype, device, options) for layer in layers
-        ]
+        self.layers = [self._allocate(layer, dtype, ssm_dtype, device, options) for layer in layers]
         self._stepped = False
 
-    def _allocate(
-        self, layer, dtype, ssm_dtype, device, options
-    ) -> MambaCache | KVCache | None:
+    def _allocate(self, layer, dtype, ssm_dtype, device, options) -> MambaCache | KVCache | None:
         if isinstance(layer, Mamba2):
             return layer.allocate_cache(
                 self.slots, dtype, ssm_dtype, device, lengths=self._lengths, **options
@@ -133,9 +129,7 @@ class HybridCache:
                 slots = torch.arange(rows, device=added.device)
             self.cursor.start(slots, self.lengths[slots.clamp(min=0)])
 
-    def commit(
-        self, slots: Tensor | None, num_new: Tensor, path: Tensor | None = None
-    ) -> None:
+    def commit(self, slots: Tensor | None, num_new: Tensor, path: Tensor | None = None) -> None:
         """Keep num_new (b) int64 tokens of a call with commit=False and forget the others.
 
         path: (b,j) int32, of a tree: the node that becomes token i + 1 (`verify_tree` gives it); token 0 is node 0.

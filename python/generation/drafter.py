@@ -29,11 +29,15 @@ class Drafter:
         dtype = model.backbone.norm_f.weight.dtype
         self.cache = model.mtp.allocate_cache(slots, max_length)
         self.room = room
-        self.hidden = torch.zeros(slots, room + 1, width, dtype=dtype, device=device)  # the last is a dummy
+        self.hidden = torch.zeros(
+            slots, room + 1, width, dtype=dtype, device=device
+        )  # the last is a dummy
         self.tokens = torch.zeros(slots, room + 1, dtype=torch.int64, device=device)
         self.count = torch.zeros(slots, dtype=torch.int64, device=device)
         self.bound = 0  # no slot's count is larger, as far as the host knows
-        self.last = torch.zeros(slots, width, dtype=dtype, device=device)  # its newest output, by slot
+        self.last = torch.zeros(
+            slots, width, dtype=dtype, device=device
+        )  # its newest output, by slot
 
     def reset(self, slots: Tensor) -> None:
         """Forget what slots (i) int64 hold."""

@@ -15,7 +15,6 @@ from tigon.generation.graphs import StepGraphs
 from tigon.generation.report import Clock, Report
 from tigon.generation.sampling import RULES, Sampling
 from tigon.generation.tree import DraftTree
-from tigon.native.mamba2 import replay_flush
 from tigon.ops.dispatch import is_batch_invariant
 
 AUTO_MOST = 6  # drafts a step that "auto" tries
@@ -329,6 +328,8 @@ def _seeds(seed, rows: int, device) -> Tensor:
 
 def _plain_or_replay(model, slots: int) -> dict:
     """Without drafts, whether states are rewritten at every token: what the launch table says."""
+    from tigon.native.mamba2 import replay_flush
+
     c = model.config
     size = getattr(torch, c.mamba_ssm_cache_dtype).itemsize
     flush = replay_flush(slots, 1, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size, size)

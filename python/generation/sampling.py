@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tigon.modules.state import read_slots
 from tigon.ops import sample, verify_draft, verify_tree
-from tigon.reference.sampling import Settings, noise
+from tigon.reference.sampling import Purpose, Settings, noise
 
 RULES = ("token", "block", "strict", "greedy")
 
@@ -83,9 +83,8 @@ class Sampling:
             return logits
         of = self._of(slots)
         settings = Settings(*(v for n in ("temperature", "top_k", "top_p") for v in _pair(of[n])))
-        draft = PURPOSES["draft"]
         x = settings.scaled(logits[:, None])[:, 0]
-        return x + noise(of["seeds"], positions, draft, logits.shape[-1], x.dtype)
+        return x + noise(of["seeds"], positions, Purpose.DRAFT, logits.shape[-1], x.dtype)
 
 
 def _pair(value: float | Tensor) -> tuple[Tensor | None, float | Tensor]:

@@ -6,12 +6,13 @@ from tigon.modules.fp8_linear import FP8Linear
 from tigon.modules.latent_moe import LatentMoE, Router, router_losses
 from tigon.modules.linear import Linear
 from tigon.modules.mamba2 import Mamba2
+from tigon.modules.mamba_cache import MambaCache
 from tigon.modules.mlp import MLP, GatedMLP
 from tigon.modules.mtp import MTP
 from tigon.modules.norm import GatedRMSNorm, RMSNorm
 from tigon.modules.nvfp4_linear import NVFP4Linear
 from tigon.modules.sharding import fully_shard
-from tigon.modules.state import KVCache, Lengths, MambaCache
+from tigon.modules.state import KVCache, Lengths
 
 __all__ = [
     "MLP",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tigon.modules.state import Lengths, read_slots, write_slots
 from tigon.ops import ssd_update
+from tigon.ops.replay import ReplayCache as Ring
 from tigon.ops.replay import (
     ReplayCursor,
     replay_commit,
@@ -24,17 +25,21 @@ from tigon.ops.replay import (
     replay_store_window,
     replay_window,
 )
-from tigon.ops.replay import ReplayCache as Ring
 from tigon.ops.ssd import MAX_STEP
-from tigon.reference.state_format import decode_state, encode_state
+from tigon.reference.state_format import decode_state, encode_state, is_scaled, raw
 
 Convolve = Callable[..., Tensor]  # CausalConv1d: (x, conv_state=…, state_indices=…, …) -> y
 Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # (b,l,conv_dim) -> x, B, C
 
 
-def is_scaled(dtype: torch.dtype) -> bool:
-    """Whether recurrent states of this dtype have a fp32 scale a row of n."""
-    return dtype in (torch.int8, torch.float8_e4m3fn)
+def _read(state: Tensor | None, slots: Tensor | None, rows: int) -> Tensor | None:
+    """`read_slots`, of any dtype, or of None."""
+    return None if state is None else read_slots(raw(state), slots, rows).view(state.dtype)
+
+
+def _write(state: Tensor | None, new: Tensor | None, slots: Tensor | None) -> None:
+    if state is not None:
+        write_slots(raw(state), raw(new), slots)
 
 
 @dataclass
@@ -55,13 +60,13 @@ class MambaCache:
     _per_slot = ("conv", "ssm", "scale")
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What belongs to slots and to this layer alone."""
+        """What belongs to slots and to this layer alone; FP8 as bytes."""
         found = (getattr(self, name) for name in self._per_slot)
-        return tuple(t for t in found if t is not None)
+        return tuple(raw(t) for t in found if t is not None)
 
     def selected(self, slots: Tensor, **shared) -> "MambaCache":
         """A copy of some slots; shared: lengths, seeds and the like of the copy."""
-        own = {n: getattr(self, n)[slots] for n in self._per_slot if getattr(self, n) is not None}
+        own = {name: _read(getattr(self, name), slots, slots.shape[0]) for name in self._per_slot}
         return replace(self, **own, **shared)
 
     def _random(self, slots: Tensor | None, rows: int) -> dict:
@@ -89,10 +94,9 @@ class MambaCache:
 
     def read(self, slots: Tensor | None, rows: int, A: Tensor) -> tuple[Tensor, Tensor]:
         """(conv, ssm) of each row, to continue from by the scan."""
-        scale = None if self.scale is None else read_slots(self.scale, slots, rows)
-        return read_slots(self.conv, slots, rows), decode_state(
-            read_slots(self.ssm, slots, rows), scale
-        )
+        acc = torch.promote_types(self.conv.dtype, torch.float32)
+        held = _read(self.ssm, slots, rows), _read(self.scale, slots, rows)
+        return read_slots(self.conv, slots, rows), decode_state(*held, acc)
 
     def write(self, slots: Tensor | None, conv: Tensor, ssm: Tensor, added: Tensor) -> None:
         """Leave the scan's states. added (rows): the tokens that they have seen since `read`."""
@@ -102,11 +106,11 @@ class MambaCache:
     def _write_state(self, slots, ssm: Tensor, added: Tensor) -> None:
         random = self._random(slots, ssm.shape[0])
         if random:
+            del random["rounding"]
             random["positions"] = random["positions"] + added
         state, scale = encode_state(ssm.detach(), self.ssm.dtype, **random)
-        write_slots(self.ssm, state, slots)
-        if self.scale is not None:
-            write_slots(self.scale, scale, slots)
+        _write(self.ssm, state, slots)
+        _write(self.scale, scale, slots)
 
 
 @dataclass
@@ -136,8 +140,8 @@ class SnapshotCache(MambaCache):
         write_slots(self.inputs, torch.nn.functional.pad(seen, (0, unused)), slots)
         x, B, C = split(convolve(xBC, conv_state=conv, num_tokens=num_tokens))
         random = self._random(slots, rows)
-        state = read_slots(self.ssm, slots, rows).clone()
-        scale = None if self.scale is None else read_slots(self.scale, slots, rows).clone()
+        state = _read(self.ssm, slots, rows).clone()
+        scale = None if self.scale is None else _read(self.scale, slots, rows).clone()
         after, scales, y = [], [], []
         z = arguments.get("z")
         for t in range(m):
@@ -153,13 +157,12 @@ class SnapshotCache(MambaCache):
             )  # fmt: skip
             if random:
                 random["positions"] = random["positions"] + 1
-            after.append(state.clone())
+            after.append(raw(state).clone())
             scales += [] if scale is None else [scale.clone()]
-        after += [after[-1]] * (self.most_tokens - m)
-        write_slots(self.after_ssm, torch.stack(after, 1), slots)
-        if scale is not None:
-            scales += [scales[-1]] * (self.most_tokens - m)
-            write_slots(self.after_scale, torch.stack(scales, 1), slots)
+        for pool, states in ((self.after_ssm, after), (self.after_scale, scales)):
+            if states:
+                states = torch.stack(states + states[-1:] * (self.most_tokens - m), 1)
+                write_slots(raw(pool), states, slots)
         return torch.cat(y, 1)
 
     def keep(self, slots: Tensor | None, num_new: Tensor) -> None:
@@ -171,9 +174,9 @@ class SnapshotCache(MambaCache):
         chosen = torch.where(some, slots, -1)
         last = (num_new - 1).clamp(min=0).to(torch.int64)
         place = slots.clamp(min=0)
-        write_slots(self.ssm, self.after_ssm[place, last], chosen)
-        if self.scale is not None:
-            write_slots(self.scale, self.after_scale[place, last], chosen)
+        for pool, after in ((self.ssm, self.after_ssm), (self.scale, self.after_scale)):
+            if pool is not None:
+                write_slots(raw(pool), raw(after)[place, last], chosen)
         width = self.conv.shape[2]
         column = num_new.clamp(min=0)[:, None] + torch.arange(width, device=num_new.device)
         seen = self.inputs[place]

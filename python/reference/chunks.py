@@ -83,7 +83,9 @@ class Packed:
         self.at_zero = wanted < 0
 
     def take(self, t: Tensor, c: int) -> Tensor:
-        return t[:, self.source[c]]
+        # Zeros past the chunk's end: whatever stands there, another sequence's NaN too, is not this one's.
+        valid = self.valid[c].view(-1, *[1] * (t.dim() - 2))
+        return torch.where(valid, t[:, self.source[c]], 0)
 
     def mask_dt(self, dt: Tensor, c: int) -> Tensor:
         return torch.where(self.valid[c][:, None], dt, 0)  # dt' = 0: no decay, no input

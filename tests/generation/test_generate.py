@@ -1,5 +1,6 @@
 """`generate`: drafts change how fast text comes, never which text; slots, stops, log-probabilities, reports."""
 
+import copy
 import itertools
 
 import pytest
@@ -66,7 +67,7 @@ class Told(Drafter):
         for row, first in enumerate(at):
             for i in range(count):
                 right = self.text[min(first + i, len(self.text) - 1)]
-                wrong = (first * 7 + i * 3) % 5 == 0
+                wrong = (first * 7 + i * 3) % 11 < 2
                 tokens[row, i] = (right + wrong) % 24
         return tokens, logits
 
@@ -93,8 +94,17 @@ def test_text_is_the_same_whatever_share_of_drafts_is_accepted(
 STRICT = dict(rule="strict", temperature=1.0, top_k=12, top_p=0.95)
 
 
-@pytest.mark.parametrize("options", [dict(draft_tokens=2), dict(draft_tokens=6), dict(tree=(2, 2, 2)),
-                                     dict(draft_tokens=3, max_slots=2), dict(draft_tokens="auto")], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(draft_tokens=2),
+        dict(draft_tokens=6),
+        dict(tree=(2, 2, 2)),
+        dict(draft_tokens=3, max_slots=2),
+        dict(draft_tokens="auto"),
+    ],
+    ids=str,
+)
 def test_strict_text_does_not_depend_on_drafts_or_slots(model, prompts, options):
     expected = texts(generate(model, prompts, NEW, draft_tokens=0, seed=5, **STRICT))
     assert texts(generate(model, prompts, NEW, seed=5, **STRICT, **options)) == expected
@@ -116,8 +126,8 @@ def test_draws_do_not_depend_on_the_order_of_the_batch_or_on_waiting_for_a_slot(
 
 @pytest.mark.parametrize("rule", ["token", "block", "strict"])
 def test_first_tokens_of_many_samples_follow_the_models_distribution(model, prompts, rule):
-    """Two tokens after one prompt, 4,000 rows: chi-square of the second given all firsts, against the model's law."""
-    prompt, rows = prompts[0], 4000
+    """The first two tokens after one prompt in 600 rows: chi-square of the pairs against the model's law."""
+    prompt, rows = prompts[1], 600
     got = generate(
         model,
         [prompt] * rows,
@@ -126,7 +136,6 @@ def test_first_tokens_of_many_samples_follow_the_models_distribution(model, prom
         rule=rule,
         temperature=0.7,
         seed=11,
-        logprobs=False,
     )
     pairs = torch.stack(got)[:, :2]
     with torch.no_grad():
@@ -165,15 +174,18 @@ def test_rows_end_at_stop_ids_and_stop_strings_themselves_included(model, prompt
         return "".join(chr(97 + t) for t in tokens)
 
     text = decode(whole[2])
-    got = texts(generate(model, prompts, NEW, draft_tokens=3, stop_strings=[text[5:8]], decode=decode))
+    got = texts(
+        generate(model, prompts, NEW, draft_tokens=3, stop_strings=[text[5:8]], decode=decode)
+    )
     for row, full in zip(got, map(decode, whole)):
         end = full.find(text[5:8])
         assert decode(row) == (full if end < 0 else full[: end + 3])
 
 
-def test_eos_of_the_config_ends_a_row(model, prompts, monkeypatch):
+def test_eos_of_the_config_ends_a_row(model, prompts):
     whole = texts(generate(model, prompts, NEW))[3]
-    monkeypatch.setattr(model, "config", model.config.replace(eos_token_id=[whole[6], 99]))
+    model = copy.copy(model)
+    model.config = model.config.replace(eos_token_id=[whole[6], 99])
     row = texts(generate(model, [prompts[3]], NEW))[0]
     assert row == whole[: whole.index(whole[6]) + 1]
     assert texts(generate(model, [prompts[3]], NEW, stop_ids=()))[0] == whole
@@ -182,7 +194,12 @@ def test_eos_of_the_config_ends_a_row(model, prompts, monkeypatch):
 def test_streamer_sees_every_token_once_and_in_order(model, prompts):
     seen = {i: [] for i in range(5)}
     got = generate(
-        model, prompts, NEW, draft_tokens=3, max_slots=2, streamer=lambda r, new: seen[r].extend(new)
+        model,
+        prompts,
+        NEW,
+        draft_tokens=3,
+        max_slots=2,
+        streamer=lambda r, new: seen[r].extend(new),
     )
     assert texts(got) == list(seen.values())
 
@@ -199,32 +216,40 @@ def test_report_counts_what_happened(model, prompts):
     assert "drafts kept by depth" in str(report)
 
 
-@pytest.mark.parametrize("format", ["float32", "float16", "bfloat16", "int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize(
+    "format, rounding",
+    [
+        ("float32", "nearest"),
+        ("float16", "stochastic"),
+        ("int8", "stochastic"),
+        ("float8_e4m3fn", "nearest"),
+    ],
+)
 def test_batch_invariant_text_does_not_depend_on_drafts_to_the_last_bit(
     single, prompts, format, rounding
 ):
     options = dict(ssm_dtype=getattr(torch, format), rounding=rounding, seed=3, logprobs=True)
     with tigon.batch_invariant():
-        plain, plain_logs = generate(single, prompts, 40, draft_tokens=0, **options)
+        plain, plain_logs = generate(single, prompts[:3], 20, draft_tokens=0, **options)
         for changes in (dict(draft_tokens=3), dict(draft_tokens=7, max_slots=2)):
-            got, logs = generate(single, prompts, 40, **options, **changes)
+            got, logs = generate(single, prompts[:3], 20, **options, **changes)
             assert texts(got) == texts(plain)
             assert all(torch.equal(a, b) for a, b in zip(logs, plain_logs))
 
 
-def test_a_model_without_a_drafter_decodes_without_drafts(model, prompts, monkeypatch):
+def test_a_model_without_a_drafter_decodes_without_drafts(model, prompts):
     expected = texts(generate(model, prompts, NEW, draft_tokens=0))
-    monkeypatch.setattr(model, "mtp", None)
+    model = copy.deepcopy(model)
+    model.mtp = None
     assert texts(generate(model, prompts, NEW)) == expected
     with pytest.raises(ValueError, match="draft_tokens=2, but the model has no MTP head"):
         generate(model, prompts, NEW, draft_tokens=2)
 
 
-def test_nan_logits_are_an_error_that_names_the_row(model, prompts, monkeypatch):
-    table = model.backbone.embeddings.weight.clone()
-    table[7] = float("nan")
-    monkeypatch.setattr(model.backbone.embeddings, "weight", torch.nn.Parameter(table))
+def test_nan_logits_are_an_error_that_names_the_row(model):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.backbone.embeddings.weight[7] = float("nan")
     bad = torch.tensor([7, 1])
     with pytest.raises(RuntimeError, match="NaN in row 1"):
         generate(model, [torch.tensor([1, 2]), bad], 4)

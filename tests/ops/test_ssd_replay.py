@@ -3,7 +3,6 @@ across histories. The failures in its names are those that users of other packag
 tests/csrc.
 """
 
-
 import pytest
 import torch
 from replay_cases import Decoder, conv_oracle, oracle, sequences
