@@ -1,4 +1,4 @@
-"""The demo's training loop: next-byte cross entropy on random windows, AdamW, cosine learning rate, time-boxed."""
+"""The demo's training loop: the model's loss on random windows, AdamW, cosine learning rate, time-boxed."""
 
 import math
 import time
@@ -20,7 +20,7 @@ BALANCE = 1e-3  # rate of the routers' biases, as published for Nemotron 3
 
 @dataclass
 class History:
-    """nats: the loss of every step. seconds: what training took."""
+    """nats: the next byte's cross entropy in every step. seconds: what training took."""
 
     nats: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -73,14 +73,14 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress)
         ids = _windows(text, generator)
-        loss, routings = model(ids[:, :-1], labels=ids[:, 1:], return_routing=True)
+        losses = model.losses(ids[:, :-1], ids[:, 1:], return_routing=True)
         optimizer.zero_grad()
-        loss.backward()
+        losses.total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if routings:
-            model.update_bias(torch.stack([r.counts for r in routings]), BALANCE)
-        history.nats.append(loss.item())
+        if losses.routings:
+            model.update_bias(torch.stack([r.counts for r in losses.routings]), BALANCE)
+        history.nats.append(losses.cross_entropy.item())
         report(progress, history.nats[-1])
     history.seconds = time.perf_counter() - start
     model.eval()

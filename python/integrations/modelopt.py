@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tigon.integrations import modelopt_format as form
 from tigon.integrations.modelopt_format import LayerFormat, QuantConfig
+from tigon.modules.experts import Experts
 from tigon.modules.fp8_linear import FP8Linear
 from tigon.modules.nvfp4_linear import NVFP4Linear
 from tigon.ops.quantized import FP8Tensor, MXFP8Tensor, NVFP4Tensor, QuantizedTensor
@@ -187,6 +188,8 @@ def config_of(model: nn.Module) -> dict | None:
             formats[name] = layer
         elif isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d):
             plain.append(name)
+        elif isinstance(module, Experts):  # linear layers on disk, one an expert
+            plain.append(f"{name}*")
     return form.describe(formats, plain) if formats else None
 
 

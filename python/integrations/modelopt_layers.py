@@ -63,7 +63,8 @@ def check_layers(
         listed = config.of(name)
         if layer.quantized:
             found = listed or _guess(layer)
-            if listed is None and not name.startswith("mtp."):
+            known = f"{name}.weight" in sizes or not name.startswith("mtp.")
+            if listed is None and known:
                 _unlisted(layer, layout, config, files)
             if found is not None:
                 formats[name] = found

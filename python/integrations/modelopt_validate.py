@@ -61,7 +61,7 @@ def examine(folder: str | PathLike, values: str = "scales") -> Report:
     settings = _settings(folder, files)
     layout, config = _layout(folder, settings, files)
     layers = _layers(layout or Layout(QuantConfig()), files)
-    sizes = _known_sizes(settings, files)
+    sizes = _known_sizes(settings, layers, files)
     formats = check_layers(layers, layout, config, sizes, files)
     _check_model(layers, formats, sizes, files)
     check_siblings(layers, formats, files)
@@ -159,13 +159,22 @@ def _layers(layout: Layout, files: Files) -> dict[str, Layer]:
     return layers
 
 
-def _known_sizes(settings: dict, files: Files) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a NemotronH model before quantization, by own name; {} of other models."""
+def _known_sizes(
+    settings: dict, layers: dict[str, Layer], files: Files
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a NemotronH model before quantization, by own name; {} of other models. A block of
+    multi-token prediction of which nothing is stored is left out, as readers do."""
     if settings.get("model_type") != "nemotron_h":
         return {}
     from tigon.models.shapes import tensor_shapes
 
     try:
+        if settings.get("num_nextn_predict_layers") and not any(
+            n.startswith("mtp.") for n in layers
+        ):
+            fault = "num_nextn_predict_layers names multi-token prediction, but no mtp.* tensors are stored"
+            files.warning("", fault, "set it to 0, or add the tensors", "config.json")
+            settings = settings | {"num_nextn_predict_layers": 0}
         return tensor_shapes(settings)
     except (
         LookupError,
@@ -189,6 +198,7 @@ def _check_model(
     if not sizes:
         return
     broken = {f.tensor for f in files.findings}
+    drafter = any(name.startswith("mtp.") for name in sizes)
     for name, shape in sizes.items():
         module, _, part = name.rpartition(".")
         layer = layers.get(module)
@@ -208,9 +218,8 @@ def _check_model(
             known = own in sizes or (part in form.LAYER_PARTS and module in formats)
             if known or part in FOREIGN or own.endswith(form.CACHE_SCALES):
                 continue
-            if (
-                not module.startswith("mtp.") and own != "lm_head.weight"
-            ):  # a tied one may be stored
+            optional = module.startswith("mtp.") and not drafter
+            if not optional and own != "lm_head.weight":  # a tied one may be stored
                 fault = "belongs to no layer of the model in config.json"
                 files.error(stored_name, fault, "check hybrid_override_pattern", stored.file)
 

@@ -284,7 +284,8 @@ def _group(sizes: dict[str, int], limit: int) -> list[list[str]]:
 def _plain_dtype(model: nn.Module) -> torch.dtype:
     """Of the weights that are not codes or scales; lm_head's if it is plain."""
     quantized = {id(p) for m in model.modules() if format_of(m) for p in m.parameters()}
-    plain = [p for p in model.parameters() if id(p) not in quantized]
+    named = model.named_parameters()
+    plain = [p for n, p in named if id(p) not in quantized and not n.startswith("mtp.")]
     return plain[-1].dtype if plain else torch.float32
 
 

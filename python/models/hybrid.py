@@ -178,25 +178,32 @@ class HybridLM(nn.Module):
         config = preset(config) if isinstance(config, str) else config
         self.config = config
         self.backbone = Backbone(config, device=device, dtype=dtype)
-        self.mtp = _drafter(config, device=device, dtype=dtype)
         self.lm_head = Linear(
             config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype
         )
         self.tie_weights()
-        if torch.device(device or "cpu").type != "meta":
-            self.reset_parameters()
+        is_meta = torch.device(device or "cpu").type == "meta"
+        if not is_meta:
+            self._reset(self.backbone, self.lm_head)
+        # Last, so that for one seed the rest is the same with a drafter and without.
+        self.mtp = _drafter(config, device=device, dtype=dtype)
+        if self.mtp is not None and not is_meta:
+            self._reset(self.mtp)
 
     def tie_weights(self) -> None:
         """Make lm_head share the embeddings, if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Normal weights of initializer_range; what is added to the residual is scaled by 1/sqrt(layers) (GPT-2)."""
+        self._reset(self)
+
+    @torch.no_grad()
+    def _reset(self, *parts: nn.Module) -> None:
         std = self.config.initializer_range
         scale = len(self.config.pattern) ** -0.5 if self.config.rescale_prenorm_residual else 1.0
-        for name, module in self.named_modules():
+        for name, module in (item for part in parts for item in part.named_modules()):
             if isinstance(module, nn.Linear | nn.Embedding):
                 residual = name.endswith(("out_proj", "o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=std * scale if residual else std)

@@ -107,6 +107,9 @@ PRESETS: dict[str, HybridConfig] = {
     ),
     # A whole hybrid that learns from bytes within a minute and a half on two CPU cores. Bits a byte on held-out text
     # after 45 s of one core: 2.29; as MEM*E 2.34; as MM*- 2.37 with an initializer_range of 0.02, 2.28 with 0.06.
+    # Its prediction block, after 400 steps from seed 0: "*-" guesses 55 % of the second bytes, and 34 % of second and
+    # third together, "*E" 56 and 34 %, "*" 47 and 23 %; a step takes 1.6, 1.7 and 1.4 times that without. Bits a byte
+    # at equal steps, seeds 0 to 2: 2.049, 2.053, 2.022 with "*-", 2.060, 2.054, 2.047 without.
     "tiny": HybridConfig(
         pattern="MM*E",
         vocab_size=256,
@@ -125,6 +128,8 @@ PRESETS: dict[str, HybridConfig] = {
         moe_latent_size=64,
         moe_shared_expert_intermediate_size=384,
         initializer_range=0.08,
+        mtp_pattern="*-",
+        mtp_loss_coef=0.3,
         tie_word_embeddings=False,
         pad_token_id=None,
         bos_token_id=None,

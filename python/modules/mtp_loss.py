@@ -22,8 +22,9 @@ IGNORED = -100
 
 class MTPLosses(NamedTuple):
     """losses (depths) fp32 (fp64 for fp64): mean nats of each depth, 0 where nothing counts. Without gradients: right
-    (depths), the share of counted positions where the likeliest token is the label, and accepted (depths), where it was
-    so at every depth up to this one; None if not asked for. routings: of the mixtures, depth by depth."""
+    (depths), the share of counted positions where the likeliest token is the label, and accepted (depths), the share of
+    those counted at every depth up to this one that are right at all of them; None if not asked for.
+    routings: of the mixtures, depth by depth."""
 
     losses: Tensor
     right: Tensor | None
@@ -57,7 +58,8 @@ def mtp_losses(
     return_routing: bool = False,
 ) -> MTPLosses:
     """See the module's docstring; embed: token ids (b,l) -> (b,l,d), logits: hidden (b,l,d) -> (b,l,V)."""
-    losses, right, accepted, routings, all_right = [], [], [], [], True
+    losses, right, accepted, routings = [], [], [], []
+    all_right = all_seen = torch.ones_like(labels, dtype=torch.bool)
     embedded = embed(input_ids)
     for depth in range(1, depths + 1):
         # What `roll` brings round from the front is out of reach, and causal mixing lets nobody within reach see it.
@@ -70,16 +72,17 @@ def mtp_losses(
         )
         routings += new if return_routing else []
         scores = logits(hidden)
-        count = (target != IGNORED).sum().clamp(min=1)
+        seen = target != IGNORED
+        count = seen.sum().clamp(min=1)
         nats = F.cross_entropy(
             scores.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         losses.append(nats / count)
         if metrics:
             hit = scores.detach().argmax(-1) == target
-            all_right = hit & all_right
+            all_right, all_seen = all_right & hit, all_seen & seen
             right.append(hit.sum() / count)
-            accepted.append(all_right.sum() / count)
+            accepted.append(all_right.sum() / all_seen.sum().clamp(min=1))
     return MTPLosses(
         torch.stack(losses),
         torch.stack(right) if metrics else None,

@@ -374,6 +374,39 @@ def test_experts_are_known_by_their_index(change, tensor, words, tmp_path, check
     assert all(words in f["fault"] for f in findings) and code == (2 if tensor else 0)
 
 
+PREDICTS = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*"}
+
+
+@pytest.mark.parametrize(
+    ("change", "faults"),
+    [
+        (None, {}),
+        (drop("mtp.layers.0.hnorm.weight"), {"mtp.layers.0.hnorm.weight": "is missing"}),
+        (cut("mtp.layers.0.eh_proj.weight"), {"mtp.layers.0.eh_proj.weight": "the model needs"}),
+        (
+            put("mtp.layers.1.norm.weight", torch.ones(64)),
+            {"mtp.layers.1.norm.weight": "no layer of the model"},
+        ),
+        (lambda t: [t.pop(n) for n in list(t) if "mtp" in n], {"": "no mtp.* tensors are stored"}),
+    ],
+)
+def test_a_prediction_block_that_the_config_names_is_checked(change, faults, tmp_path, check):
+    def add(tensors):
+        settings = HybridConfig(pattern="ME*", **SIZES).to_dict() | PREDICTS
+        shapes = {n: s for n, s in tensor_shapes(settings).items() if n.startswith("mtp.")}
+        tensors |= {n: torch.ones(s, dtype=torch.bfloat16) for n, s in shapes.items()}
+        if change is not None:
+            change(tensors)
+
+    experts(tmp_path, add)
+    settings = json.loads((tmp_path / "config.json").read_text()) | PREDICTS
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    code, findings = check(tmp_path)
+    assert {f["tensor"] for f in findings} == set(faults)
+    assert all(faults[f["tensor"]] in f["fault"] for f in findings)
+    assert code == (2 if faults.keys() - {""} else 0)
+
+
 def test_many_findings_are_cut_short_on_a_terminal_only(folder, tigon_command, check):
     edit_tensors(folder, lambda t: [put(f"extra.{i}", torch.ones(1))(t) for i in range(60)])
     code, out = tigon_command("check-checkpoint", str(folder))

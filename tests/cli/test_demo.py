@@ -39,7 +39,7 @@ def test_demo_trains_saves_compares_and_checks_the_decode_path(short, tmp_path, 
         assert part in out
     assert (tmp_path / "loss.png").stat().st_size > 1000
     again = HybridLM.from_pretrained(tmp_path / "model")
-    assert again.config == HybridLM("tiny", device="meta").config
+    assert again.config == HybridLM("tiny", device="meta").config and again.mtp is not None
 
 
 def test_demo_fails_if_decode_logits_are_not_those_of_recomputation(
@@ -83,7 +83,7 @@ def test_lzma_is_charged_only_for_what_the_held_out_text_adds():
 @torch.no_grad()
 def test_bits_per_byte_is_that_of_one_pass_whatever_the_window():
     torch.manual_seed(0)
-    model, text = HybridLM("tiny"), torch.randint(0, 256, (300,))
+    model, text = HybridLM("tiny").eval(), torch.randint(0, 256, (300,))
     nats = model(text[None, :-1], labels=text[None, 1:]).item()
     for window in (300, 128):
         bits = demo_train.bits_per_byte(model, text, window)
@@ -102,6 +102,19 @@ def test_training_by_steps_is_reproducible_and_lowers_the_loss(monkeypatch):
     assert losses[0][-1] < 0.7 * losses[0][0]
     boxed = demo_train.train(HybridLM("tiny"), text, seconds=0.5)
     assert len(boxed.nats) >= 1 and boxed.seconds < 30
+
+
+def test_the_history_is_of_the_next_byte_alone_and_the_prediction_block_is_trained(monkeypatch):
+    monkeypatch.setattr(demo_train, "LENGTH", 32)
+    text = torch.tensor(list(b"abcdefgh" * 100))
+    torch.manual_seed(0)
+    model = HybridLM("tiny")
+    ids = demo_train._windows(text, torch.Generator().manual_seed(0))
+    nats = model.eval()(ids[:, :-1], labels=ids[:, 1:]).item()
+    before = model.mtp.layers[0].eh_proj.weight.clone()
+    history = demo_train.train(model, text, seconds=0, steps=2)
+    assert history.nats[0] == pytest.approx(nats, rel=1e-5)
+    assert not torch.equal(model.mtp.layers[0].eh_proj.weight, before)
 
 
 @torch.no_grad()

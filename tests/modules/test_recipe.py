@@ -54,6 +54,20 @@ def test_what_no_recipe_touches_and_the_latent_projections_that_one_does():
     assert [i for i, name in enumerate(names) if infer.choose(name, 88)[0] == "fp8"] == [1, 3, 5]
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_leave_the_prediction_block_of_a_model_as_it_is(name):
+    config = PRESETS["tiny"].replace(vocab_size=50, mtp_pattern="*E-")
+    model = HybridLM(config)
+    before = dict(model.mtp.named_parameters())
+    report = quantize(model, name)
+    assert report.replaced and not [n for n in report.replaced if n.startswith("mtp.")]
+    kept = [n for n, why in report.kept.items() if n.startswith("mtp.")]
+    assert len(kept) == len([m for m in model.mtp.modules() if isinstance(m, nn.Linear)]) + 2
+    assert {report.kept[n] for n in kept} == {"multi-token prediction"}
+    after = dict(model.mtp.named_parameters())
+    assert all(after[n] is before[n] for n in before)
+
+
 @pytest.mark.parametrize("layers, high", [(88, 14), (108, 16), (4, 1)])
 def test_the_last_layers_train_in_high_precision(layers, high):
     train = RECIPES["nemotron-3-super-train"]
@@ -156,7 +170,8 @@ def test_a_transformers_model_runs_patched_and_quantized():
 @torch.no_grad()
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_hybrid_prefills_decodes_and_keeps_its_dtype(recipe):
-    model = HybridLM(PRESETS["tiny"].replace(vocab_size=50), dtype=torch.bfloat16).eval()
+    config = PRESETS["tiny"].replace(vocab_size=50, mtp_pattern="")
+    model = HybridLM(config, dtype=torch.bfloat16).eval()
     ids = torch.randint(0, 50, (2, 20))
     before = model(ids)
     quantize(model, recipe)
@@ -190,7 +205,8 @@ def test_a_row_of_a_quantized_model_does_not_feel_the_others(frozen):
 
 @torch.no_grad()
 def test_calibration_gives_static_scales_where_a_format_has_them():
-    model = HybridLM(PRESETS["tiny"].replace(vocab_size=50, pattern="MM*-")).eval()
+    config = PRESETS["tiny"].replace(vocab_size=50, pattern="MM*-", mtp_pattern="")
+    model = HybridLM(config).eval()
     batches = torch.randint(0, 50, (3, 2, 16))
     seen = []
     model.backbone.layers[3].mixer.down_proj.register_forward_pre_hook(
