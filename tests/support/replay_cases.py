@@ -38,6 +38,12 @@ class Sequences:
     def length(self) -> int:
         return self.tokens["x"].shape[1]
 
+    def rows(self, rows: list[int]) -> "Sequences":
+        """Some of the sequences."""
+        given = vars(self) | {"state": self.state[rows]}
+        given["tokens"] = {k: t[rows] for k, t in self.tokens.items()}
+        return Sequences(**given)
+
     def to(self, dtype: torch.dtype) -> "Sequences":
         def cast(t):
             return t.to(dtype)
@@ -143,7 +149,7 @@ class Decoder:
             given[name] = torch.randn(b, m, *t.shape[2:], dtype=torch.float64).to(t.dtype)
             for row, (done, count) in enumerate(zip(self.done, accepted)):
                 given[name][row, :count] = t[row, done : done + count]
-        return self.call(given, accepted, num_tokens, order)
+        return self.call(given, accepted, num_tokens, order, ancestors)
 
     def call(self, given, accepted, num_tokens=None, order=None, ancestors=None):
         b = len(self.done)
@@ -191,7 +197,8 @@ class Decoder:
             for r, count in enumerate(accepted):
                 rows[r].append(y[r, :count])
                 convs[r].append(v[r, :count])
-        return [torch.cat(r) for r in rows], [torch.cat(r) for r in convs]
+        empty = [self.seqs.tokens[name][0, :0] for name in ("x", "u")]
+        return [torch.cat([empty[0], *r]) for r in rows], [torch.cat([empty[1], *r]) for r in convs]
 
     def current(self) -> Tensor:
         """The states after all committed tokens."""
@@ -232,3 +239,18 @@ def oracle(decoder: Decoder, row: int, count: int) -> tuple[Tensor, Tensor, Tens
 def conv_oracle(seqs: Sequences, row: int, count: int) -> Tensor:
     u = seqs.tokens["u"][row : row + 1, :count].double()
     return conv1d_forward(u, seqs.weight.double(), seqs.bias.double(), None, None, True)[0][0]
+
+
+def tree(parents: list[int], node: int = -1) -> list[int]:
+    """The nodes on the path to `node`, the root first."""
+    node, path = node % len(parents), []
+    while node >= 0:
+        path.append(node)
+        node = parents[node]
+    return path[::-1]
+
+
+def tree_bits(parents: list[int], b: int) -> Tensor:
+    """`ancestors` (b,m) of b equal trees."""
+    bits = [sum(1 << a for a in tree(parents, node)) for node in range(len(parents))]
+    return torch.tensor(bits).to(torch.int32).repeat(b, 1)
