@@ -5,7 +5,7 @@
 Importing this package needs the standard library only, so that ``tigon doctor`` works without torch.
 """
 
-from tigon.native import mamba2, moe, quantize
+from tigon.native import mamba2, moe, quantize, replay
 from tigon.native.loader import (
     Extension,
     HostLibrary,
@@ -25,7 +25,7 @@ from tigon.native.moe import moe_route, moe_route_backward, moe_sort
 from tigon.native.quantize import dequantize, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 from tigon.native.replay import conv1d_replay, ssd_replay
 
-PLANS = mamba2.PLANS | quantize.PLANS | moe.PLANS
+PLANS = mamba2.PLANS | replay.PLANS | quantize.PLANS | moe.PLANS
 
 __all__ = [
     "Extension",
