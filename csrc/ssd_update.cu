@@ -4,27 +4,18 @@
 //   S   = exp(A dt') S + dt' x B^T                           S (p,n), one per head
 //   y   = (S C + D x) * silu(z)                              D and z optional
 //
-// state (slots,h,p,n); x, z, y (b,m,h,p); dt (b,m,h); A, dt_bias (h); B, C (b,m,g,n); D (h)|(h,p).
-// Rows past num_tokens[b] and rows without a valid slot get y = 0; without a token the state is
-// not touched. Two rows of a call must not share a slot.
+// state (slots,h,p,n) in one of the formats of common/state_format.cuh, rounded once, at the end;
+// x, z, y (b,m,h,p); dt (b,m,h); A, dt_bias (h); B, C (b,m,g,n); D (h)|(h,p); state_scale
+// (slots,h,p). Rows past num_tokens[b] and rows without a valid slot get y = 0; without a token the
+// state is not touched. Two rows of a call must not share a slot.
 //
 // A decode step is bytes: the state is read once and written once. A block owns `rows` rows of p of
-// one head. A group of `lanes` lanes owns kRows of those rows; a lane holds 16 elements of n of
-// each of them in registers through all tokens: 128 bytes of an fp32 state a thread in flight. All
-// else is staged in shared memory as fp32 while the state is on its way: B and C by the first
-// warps, the step sizes from the middle on, x, z and D by the last ones, so that at small m no warp
-// waits for memory twice.
-//
-// Which lane adds which elements depends on n and the formats alone, never on the batch, m,
-// alignment or strides, so a row's bits do not either.
-#include "common/math.cuh"
-#include "common/types.cuh"
+// one head, in registers through all tokens (common/state_tile.cuh). All else is staged in shared
+// memory as fp32 while the state is on its way: B and C by the first warps, the step sizes from the
+// middle on, x, z and D by the last ones, so that at small m no warp waits for memory twice.
+#include "common/state_tile.cuh"
 
 namespace tigon {
-
-constexpr int kElements = 16;  // of n, a lane
-constexpr int kRows = 2;       // of p, a lane
-constexpr int kThreads = 128;  // a block, at most
 
 struct SsdUpdate {
     void* state;
@@ -39,7 +30,10 @@ struct SsdUpdate {
     const int* state_indices;  // null: row b uses slot b
     const int* num_tokens;     // null: every row has `tokens`
     void* y;                   // contiguous
-    int64 slots, state_stride_slot;
+    float* state_scale;        // null but for 8-bit states
+    const int64* seeds;        // null: the state is rounded to nearest
+    const int64* positions;    // of each row's first token; with seeds
+    int64 slots, state_stride_slot, scale_stride_slot;
     int64 x_stride_batch, x_stride_token, z_stride_batch, z_stride_token;
     int64 B_stride_batch, B_stride_token, C_stride_batch, C_stride_token;
     int64 dt_stride_batch, dt_stride_token, dt_stride_head;
@@ -49,7 +43,7 @@ struct SsdUpdate {
     int dt_dtype, A_dtype, D_dtype, dt_bias_dtype;
     int dt_softplus, staging_vectors;
     float dt_min, dt_max;
-    int unused;
+    int layer;
 };
 
 // Shared memory, in floats; python/native/mamba2.py counts the same.
@@ -61,7 +55,7 @@ struct Staged {
     int n_padded;
 
     __device__ Staged(float* memory, const SsdUpdate& a) {
-        n_padded = (a.n + 7) / 8 * 8;
+        n_padded = padded(a.n);
         B = memory;
         C = B + a.tokens * n_padded;
         x = C + a.tokens * n_padded;
@@ -71,13 +65,6 @@ struct Staged {
         decay = dt + a.tokens;
     }
 };
-
-// Where element k of B or C lies. A lane of a 16-bit state needs 8 neighbours, two 16-byte reads;
-// with the odd quads in a half of their own, 8 lanes read 128 bytes in a row, without conflicts.
-template <int kWidth>
-__device__ __forceinline__ int place(int k, int n_padded) {
-    return kWidth == 4 ? k : (k & 4 ? n_padded / 2 : 0) + k / 8 * 4 + k % 4;
-}
 
 template <typename Io, int kWidth>
 __device__ void stage_BC(const SsdUpdate& a, const Staged& staged, const Io* B, const Io* C,
@@ -146,88 +133,10 @@ __device__ __forceinline__ void stage_rows(const SsdUpdate& a, const Staged& sta
     }
 }
 
-// What a lane holds of the state: of kRows neighbouring rows of p, kChunks runs of kWidth elements.
-// With 16-byte accesses n is a multiple of kWidth, and a run is inside n whole or not at all.
-template <typename State, bool kVectors>
-struct Tile {
-    static constexpr int kWidth = kVector<State>;
-    static constexpr int kChunks = kElements / kWidth;
-
-    float value[kRows][kChunks][kWidth];
-    int column, column_step;  // the runs begin at column + chunk * column_step
-    int rows, n;              // rows of this lane that are inside p; columns of the state
-
-    // state points at the lane's first row.
-    __device__ void load(const State* state) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-            for (int c = 0; c < kChunks; ++c) {
-                const int k = column + c * column_step;
-#pragma unroll
-                for (int i = 0; i < kWidth; ++i) value[r][c][i] = 0.0f;
-                if (r >= rows || k >= n) continue;
-                if constexpr (kVectors) {
-                    load_vector(state + r * n + k, value[r][c]);
-                } else {
-#pragma unroll
-                    for (int i = 0; i < kWidth; ++i)
-                        if (k + i < n) value[r][c][i] = to_float(state[r * n + k + i]);
-                }
-            }
-        }
-    }
-
-    __device__ void store(State* state) const {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-            for (int c = 0; c < kChunks; ++c) {
-                const int k = column + c * column_step;
-                if (r >= rows || k >= n) continue;
-                if constexpr (kVectors) {
-                    store_vector(state + r * n + k, value[r][c]);
-                } else {
-#pragma unroll
-                    for (int i = 0; i < kWidth; ++i)
-                        if (k + i < n) state[r * n + k + i] = from_float<State>(value[r][c][i]);
-                }
-            }
-        }
-    }
-
-    // S = decay S + input B^T for one token, and this lane's part of S C.
-    __device__ void step(const float* B, const float* C, int n_padded, float decay,
-                         const float (&input)[kRows], float (&dot)[kRows]) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) dot[r] = 0.0f;
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-            const int k = column + c * column_step;
-            if (k >= n) continue;
-#pragma unroll
-            for (int q = 0; q < kWidth; q += 4) {
-                const int at = place<kWidth>(k + q, n_padded);
-                const float4 b4 = *reinterpret_cast<const float4*>(B + at);
-                const float4 c4 = *reinterpret_cast<const float4*>(C + at);
-                const float b[4] = {b4.x, b4.y, b4.z, b4.w}, w[4] = {c4.x, c4.y, c4.z, c4.w};
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    if (!kVectors && k + q + i >= n) continue;
-#pragma unroll
-                    for (int r = 0; r < kRows; ++r) {
-                        float& s = value[r][c][q + i];
-                        s = decay * s + input[r] * b[i];
-                        dot[r] += s * w[i];
-                    }
-                }
-            }
-        }
-    }
-};
-
 template <typename Io, typename State, bool kVectors>
-__global__ void __launch_bounds__(kThreads, kVectors ? 5 : 4) ssd_update(const SsdUpdate a) {
+__global__ void __launch_bounds__(kThreads, kVectors          ? 5
+                                            : kRounded<State> ? 3
+                                                              : 4) ssd_update(const SsdUpdate a) {
     const int64 batch_row = blockIdx.x / a.heads;
     const int head = blockIdx.x % a.heads, group = head / (a.heads / a.groups);
     const int first_row = blockIdx.y * a.rows;
@@ -245,14 +154,11 @@ __global__ void __launch_bounds__(kThreads, kVectors ? 5 : 4) ssd_update(const S
     if (tokens == 0) return;
 
     const int lane = threadIdx.x % a.lanes, row = threadIdx.x / a.lanes * kRows;
-    State* state = static_cast<State*>(a.state) + slot * a.state_stride_slot +
-                   (int64(head) * a.p + first_row + row) * a.n;
-    Tile<State, kVectors> tile;
-    tile.column = lane * tile.kWidth;
-    tile.column_step = a.lanes * tile.kWidth;
-    tile.rows = inside - row;
-    tile.n = a.n;
-    tile.load(state);
+    const int64 first = int64(head) * a.p + first_row + row;  // row of the state, of this lane
+    State* state = static_cast<State*>(a.state) + slot * a.state_stride_slot + first * a.n;
+    float* scale = kScaled<State> ? a.state_scale + slot * a.scale_stride_slot + first : nullptr;
+    Tile<State, kVectors> tile(lane, a.lanes, inside - row, a.n);
+    tile.load(state, scale);
 
     const Staged staged(shared_memory(), a);
     stage_BC<Io, tile.kWidth>(
@@ -278,16 +184,30 @@ __global__ void __launch_bounds__(kThreads, kVectors ? 5 : 4) ssd_update(const S
             y[t * y_stride + row + r] = from_float<Io>(sum * staged.gate[t * a.rows + row + r]);
         }
     }
+    Rounding how{a.seeds != nullptr, 0, 0, unsigned(a.layer)};
+    if (kRounded<State> && a.seeds) {
+        how.seed = uint64(a.seeds[batch_row]);
+        how.position = a.positions[batch_row] + tokens;
+    }
+    float scales[kRows];
+    tile.round(how, first * a.n, a.lanes, scales);
     tile.store(state);
+    if constexpr (kScaled<State>) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+            if (lane == 0 && r < tile.rows) scale[r] = scales[r];
+    }
 }
 
 #ifndef __CUDACC_RTC__
 #define TIGON_ROW(Io, State, Vectors)                                               \
     table_row("tigon::ssd_update<tigon::" #Io ", tigon::" #State ", " #Vectors ">", \
               ssd_update<Io, State, Vectors>)
-#define TIGON_ROWS(Io)                                                              \
-    TIGON_ROW(Io, f32, true), TIGON_ROW(Io, f32, false), TIGON_ROW(Io, bf16, true), \
-        TIGON_ROW(Io, bf16, false), TIGON_ROW(Io, f16, true), TIGON_ROW(Io, f16, false)
+#define TIGON_ROWS(Io)                                                                   \
+    TIGON_ROW(Io, f32, true), TIGON_ROW(Io, f32, false), TIGON_ROW(Io, bf16, true),      \
+        TIGON_ROW(Io, bf16, false), TIGON_ROW(Io, f16, true), TIGON_ROW(Io, f16, false), \
+        TIGON_ROW(Io, i8, true), TIGON_ROW(Io, i8, false), TIGON_ROW(Io, e4m3, true),    \
+        TIGON_ROW(Io, e4m3, false)
 
 KernelTable ssd_update_kernels() {
     return {TIGON_ROWS(f32), TIGON_ROWS(bf16), TIGON_ROWS(f16)};

@@ -1,11 +1,11 @@
 """The CUDA C++ kernels of csrc/: found, planned, packed and launched.
 
-``loader`` finds a way to them, ``mamba2``, ``quantize``, ``moe`` and ``sampling`` hold a launcher for each kernel.
+``loader`` finds a way to them, ``mamba2``, ``replay``, ``quantize``, ``moe`` and ``sampling`` hold a launcher for each kernel.
 
 Importing this package needs the standard library only, so that ``tigon doctor`` works without torch.
 """
 
-from tigon.native import mamba2, moe, quantize, sampling
+from tigon.native import mamba2, moe, quantize, replay, sampling
 from tigon.native.loader import (
     Extension,
     HostLibrary,
@@ -26,7 +26,7 @@ from tigon.native.quantize import dequantize, quantize_fp8, quantize_mxfp8, quan
 from tigon.native.replay import conv1d_replay, ssd_replay
 from tigon.native.sampling import sample, tree_ancestors, verify_draft, verify_tree
 
-PLANS = mamba2.PLANS | quantize.PLANS | moe.PLANS | sampling.PLANS
+PLANS = mamba2.PLANS | replay.PLANS | quantize.PLANS | moe.PLANS | sampling.PLANS
 
 __all__ = [
     "Extension",

@@ -35,6 +35,26 @@ def indices(t: Tensor | None) -> Tensor | None:
     return t.clamp(-1, 2**31 - 1).to(torch.int32).contiguous()
 
 
+def wide(t: Tensor | None) -> Tensor | None:
+    """int64 with stride 1; kept alive likewise."""
+    import torch
+
+    return None if t is None else t.to(torch.int64).contiguous()
+
+
+@functools.cache
+def _state_formats() -> dict[torch.dtype, str]:
+    import torch
+
+    formats = {dtype: FORMATS[code] for dtype, code in dtype_codes().items()}
+    return formats | {torch.int8: "i8", torch.float8_e4m3fn: "e4m3"}
+
+
+def state_format(dtype: torch.dtype) -> str:
+    """The type of csrc/common/state_format.cuh in which a recurrent state is kept."""
+    return _state_formats()[dtype]
+
+
 @functools.cache
 def dtype_codes() -> dict[torch.dtype, int]:
     import torch

@@ -6,14 +6,23 @@ import functools
 import struct
 from typing import TYPE_CHECKING
 
-from tigon.native.arguments import FORMATS, ceil_div, dtype_codes, indices, packed, pointer
+from tigon.native.arguments import (
+    FORMATS,
+    ceil_div,
+    dtype_codes,
+    indices,
+    packed,
+    pointer,
+    state_format,
+    wide,
+)
 from tigon.native.loader import MAX_BLOCKS, Launch, run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# struct SsdUpdate in csrc/ssd_update.cu: 12 pointers, 15 sizes and strides, 13 ints, 2 floats, padding.
-SSD_UPDATE = struct.Struct("=12Q15q13i2fi")
+# struct SsdUpdate in csrc/ssd_update.cu: 15 pointers, 16 sizes and strides, 13 ints, 2 floats, the layer.
+SSD_UPDATE = struct.Struct("=15Q16q13i2fi")
 # struct Conv1dUpdate in csrc/conv1d_update.cu: 7 pointers, 6 sizes and strides, 7 ints, padding.
 CONV1D_UPDATE = struct.Struct("=7Q6q8i")
 
@@ -40,7 +49,7 @@ def plan_ssd_update(
         raise ValueError(f"ssd_update: b*h = {blocks} is over {MAX_BLOCKS}")
     instance = f"tigon::ssd_update<tigon::{io}, tigon::{state}, {'true' if vectors else 'false'}>"
     # struct Staged: B, C, x, gate, dt, decay of m tokens; D.
-    floats = m * (2 * ceil_div(n, 8) * 8 + 2 * rows + 2) + rows
+    floats = m * (2 * ceil_div(n, 16) * 16 + 2 * rows + 2) + rows
     return Launch("ssd_update.cu", instance, (blocks, ceil_div(p, rows)), block, 4 * floats)
 
 
@@ -55,10 +64,11 @@ def plan_conv1d_update(b: int, d: int, io: str, state: str) -> Launch:
 
 
 def _names(sizes: dict[str, int]) -> tuple[str, str]:
-    """Formats of the activations and the state; two bytes an element are shown as bf16, whose launch fp16 shares."""
-    io = "f32" if sizes["itemsize"] == 4 else "bf16"
-    held = "f32" if sizes.get("state_itemsize", sizes["itemsize"]) == 4 else "bf16"
-    return io, held
+    """Formats of the activations and the state; two bytes an element are shown as bf16, whose launch fp16 shares, one
+    byte as int8, whose launch E4M3 shares."""
+    known = {1: "i8", 2: "bf16", 4: "f32"}
+    itemsize = sizes["itemsize"]
+    return known[itemsize], known[sizes.get("state_itemsize", itemsize)]
 
 
 def _explain_conv1d_update(**sizes: int) -> dict[str, Launch]:
@@ -68,7 +78,7 @@ def _explain_conv1d_update(**sizes: int) -> dict[str, Launch]:
 def _explain_ssd_update(**sizes: int) -> dict[str, Launch]:
     b, m, h, p, n = (sizes[name] for name in "bmhpn")
     io, held = _names(sizes)
-    vectors = n % (4 if held == "f32" else 8) == 0
+    vectors = n * sizes["state_itemsize"] % 16 == 0
     return {"ssd_update": plan_ssd_update(b, m, h, p, n, io, held, vectors)}
 
 
@@ -100,7 +110,9 @@ def ssd_update(
     state (slots,h,p,n), its slots strided at will; x, z (b,m,h,p), B, C (b,m,g,n): batch and tokens strided at
     will; dt (b,m,h) and D (h)|(h,p): any strides; A, dt_bias (h); state_indices, num_tokens (b). Returns y
     (b,m,h,p), zeros for padding. Activations and state are fp32, bf16 or fp16, each of dt, A, D, dt_bias any
-    of them. Two rows must not share a slot. Raises RuntimeError where no kernel can be reached or launched.
+    of them; an int8 or float8_e4m3fn state has state_scale (slots,h,p) fp32, its slots strided at will. seeds and
+    positions (b): the state is rounded stochastically. Two rows must not share a slot. Raises RuntimeError where no
+    kernel can be reached or launched.
     """
     import torch
 
@@ -110,16 +122,17 @@ def ssd_update(
     if not y.numel():
         return y
     codes = dtype_codes()
-    io, held = codes[x.dtype], codes[state.dtype]
+    io, held = FORMATS[codes[x.dtype]], state_format(state.dtype)
     size = state.element_size()
     vectors = not (state.data_ptr() | state.stride(0) * size | n * size) & 15
-    launch = plan_ssd_update(b, m, h, p, n, FORMATS[io], FORMATS[held], vectors)
+    launch = plan_ssd_update(b, m, h, p, n, io, held, vectors)
     lanes = lanes_of(n)
 
     xs, zs, Bs, Cs = x.stride(), z.stride() if z is not None else (0, 0), B.stride(), C.stride()
     Ds = (0, 0) if D is None else (*D.stride(), 0)[:2]
     A, dt_bias = packed(A), packed(dt_bias)
     state_indices, num_tokens = indices(state_indices), indices(num_tokens)
+    seeds, positions = wide(seeds), wide(positions)
     offsets = (Bs[0] | Bs[1] | Cs[0] | Cs[1] | n) * x.element_size()
     arguments = SSD_UPDATE.pack(
         state.data_ptr(),
@@ -134,8 +147,12 @@ def ssd_update(
         pointer(state_indices),
         pointer(num_tokens),
         y.data_ptr(),
+        pointer(state_scale),
+        pointer(seeds),
+        pointer(positions),
         slots,
         state.stride(0),
+        0 if state_scale is None else state_scale.stride(0),
         *xs[:2],
         *zs[:2],
         *Bs[:2],
@@ -157,7 +174,7 @@ def ssd_update(
         not (B.data_ptr() | C.data_ptr() | offsets) & 15,
         dt_min,
         dt_max,
-        0,
+        layer,
     )
     run(launch, x.device, arguments)
     return y

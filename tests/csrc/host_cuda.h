@@ -154,6 +154,10 @@ inline int __popc(unsigned bits) {
     return __builtin_popcount(bits);
 }
 
+inline int __clz(int bits) {
+    return bits ? __builtin_clz(unsigned(bits)) : 32;
+}
+
 inline float* host_shared_memory() {
     return reinterpret_cast<float*>(host::current->block->shared.get());
 }

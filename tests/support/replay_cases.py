@@ -38,6 +38,16 @@ class Sequences:
     def length(self) -> int:
         return self.tokens["x"].shape[1]
 
+    def rows(self, rows: list[int]) -> "Sequences":
+        """Some of the sequences."""
+        given = vars(self) | {"state": self.state[rows]}
+        given["tokens"] = {k: t[rows] for k, t in self.tokens.items()}
+        return Sequences(**given)
+
+    def on(self, device) -> "Sequences":
+        given = {k: v.to(device) for k, v in vars(self).items() if k != "tokens"}
+        return Sequences({k: t.to(device) for k, t in self.tokens.items()}, **given)
+
     def to(self, dtype: torch.dtype) -> "Sequences":
         def cast(t):
             return t.to(dtype)
@@ -87,11 +97,13 @@ class Decoder:
         stochastic=False,
         seeds=None,
         layer=3,
+        device="cpu",
     ):
-        self.seqs, self.flush = seqs, flush
+        seqs = seqs.on(device)
+        self.seqs, self.flush, self.device = seqs, flush, device
         x, B = seqs.tokens["x"], seqs.tokens["B"]
         b, _, h, p = x.shape
-        self.indices = torch.tensor(slots)
+        self.indices = torch.tensor(slots, device=device)
         count = pool or max(slots) + 1
         self.cache = ReplayCache.allocate(
             count,
@@ -104,32 +116,33 @@ class Decoder:
             channels=seqs.weight.shape[0],
             width=seqs.weight.shape[1],
             dtype=x.dtype,
+            device=device,
         )
         for ring in self.cache.tensors():
             ring.fill_(float("nan"))  # whatever was there before
-        self.cursor = ReplayCursor.allocate(count, flush)
+        self.cursor = ReplayCursor.allocate(count, flush, device)
         self.dtype = state or seqs.state.dtype
-        self.seeds = torch.arange(77, 77 + b) if seeds is None else seeds
+        self.seeds = (torch.arange(77, 77 + b) if seeds is None else seeds).to(device)
         self.round = (
             {"rounding": "stochastic", "seeds": self.seeds, "layer": layer} if stochastic else {}
         )
         self.layer = layer
-        self.state = torch.zeros(count, h, p, B.shape[3], dtype=self.dtype)
+        self.state = torch.zeros(count, h, p, B.shape[3], dtype=self.dtype, device=device)
         self.scale = None
         # The state of the prompt is stored as it would be at position `start`.
         at = (
-            {"seeds": self.seeds, "positions": torch.full((b,), start), "layer": layer}
+            {"seeds": self.seeds, "positions": torch.full((b,), start, device=device), "layer": layer}
             if stochastic
             else {}
         )
         codes, scale = encode_state(seqs.state, self.dtype, **at)
         if scale is not None:
-            self.scale = torch.zeros(count, h, p)
+            self.scale = torch.zeros(count, h, p, device=device)
             self.scale[self.indices] = scale
         for i, slot in enumerate(slots):
             self.state[slot] = codes[i]
         self.start = start
-        self.cursor.start(self.indices, torch.full((b,), start))
+        self.cursor.start(self.indices, torch.full((b,), start, device=device))
         self.done = [0] * b  # tokens of the sequences that are committed
 
     def step(
@@ -140,10 +153,10 @@ class Decoder:
         accepted = [accepted] * b if isinstance(accepted, int) else accepted
         given = {}
         for name, t in self.seqs.tokens.items():
-            given[name] = torch.randn(b, m, *t.shape[2:], dtype=torch.float64).to(t.dtype)
+            given[name] = torch.randn(b, m, *t.shape[2:], dtype=torch.float64).to(t)
             for row, (done, count) in enumerate(zip(self.done, accepted)):
                 given[name][row, :count] = t[row, done : done + count]
-        return self.call(given, accepted, num_tokens, order)
+        return self.call(given, accepted, num_tokens, order, ancestors)
 
     def call(self, given, accepted, num_tokens=None, order=None, ancestors=None):
         b = len(self.done)
@@ -156,7 +169,7 @@ class Decoder:
             "ancestors": ancestors,
         }
         if num_tokens is not None:
-            where["num_tokens"] = torch.tensor(num_tokens)[order]
+            where["num_tokens"] = torch.tensor(num_tokens, device=self.device)[order]
         given = {k: t[order] for k, t in given.items()}
         round = dict(self.round)
         if "seeds" in round:
@@ -179,7 +192,8 @@ class Decoder:
         return y[back], v[back]
 
     def advance(self, accepted):
-        replay_advance(self.cursor, self.indices, torch.tensor(accepted, dtype=torch.int32))
+        count = torch.tensor(accepted, dtype=torch.int32, device=self.device)
+        replay_advance(self.cursor, self.indices, count)
         self.done = [a + n for a, n in zip(self.done, accepted)]
 
     def run(self, history) -> tuple[list[Tensor], list[Tensor]]:
@@ -191,7 +205,8 @@ class Decoder:
             for r, count in enumerate(accepted):
                 rows[r].append(y[r, :count])
                 convs[r].append(v[r, :count])
-        return [torch.cat(r) for r in rows], [torch.cat(r) for r in convs]
+        empty = [self.seqs.tokens[name][0, :0] for name in ("x", "u")]
+        return [torch.cat([empty[0], *r]) for r in rows], [torch.cat([empty[1], *r]) for r in convs]
 
     def current(self) -> Tensor:
         """The states after all committed tokens."""
@@ -208,7 +223,7 @@ class Decoder:
 
 def oracle(decoder: Decoder, row: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """(y (count,h,p), state, stored state) of a row after `count` tokens by the law, in fp64 with real rounding."""
-    s = decoder.seqs.to(torch.float64)
+    s = decoder.seqs.on("cpu").to(torch.float64)
     t = {k: v[row, :count] for k, v in s.tokens.items()}
     dt = process_dt(t["dt"], s.dt_bias, OPTIONS["dt_softplus"], *OPTIONS["dt_limit"])
     stochastic = bool(decoder.round)
@@ -217,7 +232,7 @@ def oracle(decoder: Decoder, row: int, count: int) -> tuple[Tensor, Tensor, Tens
         at = {}
         if stochastic:
             at = {
-                "seeds": decoder.seeds[row : row + 1],
+                "seeds": decoder.seeds[row : row + 1].cpu(),
                 "positions": torch.tensor([position]),
                 "layer": decoder.layer,
             }
@@ -230,5 +245,21 @@ def oracle(decoder: Decoder, row: int, count: int) -> tuple[Tensor, Tensor, Tens
 
 
 def conv_oracle(seqs: Sequences, row: int, count: int) -> Tensor:
+    seqs = seqs.on("cpu")
     u = seqs.tokens["u"][row : row + 1, :count].double()
     return conv1d_forward(u, seqs.weight.double(), seqs.bias.double(), None, None, True)[0][0]
+
+
+def tree(parents: list[int], node: int = -1) -> list[int]:
+    """The nodes on the path to `node`, the root first."""
+    node, path = node % len(parents), []
+    while node >= 0:
+        path.append(node)
+        node = parents[node]
+    return path[::-1]
+
+
+def tree_bits(parents: list[int], b: int) -> Tensor:
+    """`ancestors` (b,m) of b equal trees."""
+    bits = [sum(1 << a for a in tree(parents, node)) for node in range(len(parents))]
+    return torch.tensor(bits).to(torch.int32).repeat(b, 1)
