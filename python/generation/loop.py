@@ -78,7 +78,9 @@ def generate(
     streamer: Callable[[int, list[int]], None] | None = None,
     return_report: bool = False,
     rollback: str = "replay",
-    **cache_options,
+    flush: int | None = None,
+    ssm_dtype: torch.dtype | None = None,
+    rounding: str = "nearest",
 ) -> list[Tensor] | tuple:
     """Continue prompts of any lengths, with drafts of the model's MTP head where it has one.
 
@@ -105,8 +107,8 @@ def generate(
         logprobs: also return each token's log-probability under the model, before temperature, top_k and top_p.
         streamer: called with (row, new tokens) after each step.
         return_report: also return a `Report`.
-        rollback: how rejected tokens are undone, "replay" or "snapshot" (`HybridCache`).
-        cache_options: dtype, ssm_dtype, rounding and flush of `HybridLM.allocate_cache`.
+        rollback: how rejected tokens are undone, "replay" or "snapshot"; flush, ssm_dtype, rounding: of states, all as in
+            `HybridCache`.
 
     Returns:
         r tensors of new tokens int64 on the model's device; with logprobs, a list of fp32 tensors; with return_report,
@@ -128,10 +130,11 @@ def generate(
         raise ValueError(f"generate: max_slots={max_slots} must be positive")
     longest = max(p.numel() for p in prompts)
     length = longest + max_new_tokens + width
+    cache_options = {"ssm_dtype": ssm_dtype, "rounding": rounding}
     if most or is_batch_invariant():
-        cache_options |= {"rollback": rollback, "tokens": width}
+        cache_options |= {"rollback": rollback, "tokens": width, "flush": flush}
     elif device.type == "cuda" and "M" in model.config.pattern:
-        cache_options |= _plain_or_replay(model, slots)
+        cache_options |= _plain_or_replay(model, slots, ssm_dtype)
     cache = model.allocate_cache(slots, length, **cache_options)
     drafter = Drafter(model, slots, length, max(INBOX, 2 * width)) if most else None
     clock = Clock(device) if return_report else Clock(None)
@@ -326,11 +329,11 @@ def _seeds(seed, rows: int, device) -> Tensor:
     return torch.tensor([(seed * GOLDEN + i) % 2**63 for i in range(rows)], device=device)
 
 
-def _plain_or_replay(model, slots: int) -> dict:
+def _plain_or_replay(model, slots: int, ssm_dtype: torch.dtype | None) -> dict:
     """Without drafts, whether states are rewritten at every token: what the launch table says."""
     from tigon.native.mamba2 import replay_flush
 
     c = model.config
-    size = getattr(torch, c.mamba_ssm_cache_dtype).itemsize
+    size = (ssm_dtype or getattr(torch, c.mamba_ssm_cache_dtype)).itemsize
     flush = replay_flush(slots, 1, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size, size)
     return {} if flush == 1 else {"rollback": "replay", "tokens": 1, "flush": flush}

@@ -11,11 +11,11 @@ Source: Dao and Gu 2024 (arXiv 2405.21060), section 7.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tigon.modules.linear import Linear, activation_dtype
 from tigon.modules.mamba_cache import MambaCache, allocate
+from tigon.modules.mlp import silu
 from tigon.modules.norm import GatedRMSNorm
 from tigon.modules.state import check_feed
 from tigon.ops import causal_conv1d, causal_conv1d_update, ssd_scan
@@ -216,7 +216,7 @@ class Mamba2(nn.Module):
         if self.rmsnorm:
             y = self.norm(y, z)
         if self.d_inner > self.d_ssm:
-            y = torch.cat([F.silu(z0) * x0, y], dim=-1)
+            y = torch.cat([silu(z0) * x0, y], dim=-1)
         return self.out_proj(y)
 
     def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tigon.modules.linear import Linear
+from tigon.ops.dispatch import is_batch_invariant
+
+
+def silu(t: Tensor) -> Tensor:
+    """t / (1 + exp(-t)). torch's own gives the last elements of a run other bits than the rest (see
+    `tigon.reference.elementwise`), so it is left out in batch-invariant mode."""
+    return t / (1 + torch.exp(-t)) if is_batch_invariant() else F.silu(t)
 
 
 class MLP(nn.Module):
@@ -51,4 +58,4 @@ class GatedMLP(MLP):
         self.gate_proj = Linear(d_model, intermediate_size, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))

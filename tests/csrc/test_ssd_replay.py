@@ -5,12 +5,10 @@ import torch
 from memory import guarded, sliced
 from numerics import relative_rms
 from options import case_id, pairwise
-from replay_cases import Decoder, conv_oracle, oracle, sequences, tree, tree_bits
+from replay_cases import Decoder, conv_oracle, oracle, sequences, tree_bits
 
 import tigon
 from tigon import native
-from tigon.native.mamba2 import lanes_of
-from tigon.reference.conv1d_replay import conv1d_replay as conv1d_reference
 from tigon.reference.ssd_replay import ssd_replay as ssd_reference
 
 E4M3 = torch.float8_e4m3fn
@@ -86,7 +84,23 @@ SSD = pairwise(
 )
 
 
-def case(io, held, shape, flush, heads, D, z, bias, softplus, beside, ragged, layout, stochastic, form, behind):
+def case(
+    io,
+    held,
+    shape,
+    flush,
+    heads,
+    D,
+    z,
+    bias,
+    softplus,
+    beside,
+    ragged,
+    layout,
+    stochastic,
+    form,
+    behind,
+):
     """Arguments of one call in guarded memory: rows far from, at and past a write of the state, and padding."""
     (p, n), (h, g), (flush, m) = shape, heads, flush
     small = io if beside == "io" else torch.float32
@@ -116,7 +130,11 @@ def case(io, held, shape, flush, heads, D, z, bias, softplus, beside, ragged, la
     checkpoint[4] = length[4]
     length[1] = length[1] // flush * flush  # at a boundary
     checkpoint[1] = torch.minimum(checkpoint[1], length[1])
-    ring_x, ring_B, ring_dt = normal(slots, L, h, p), normal(slots, L, g, n), torch.rand(slots, L, h) * 0.3
+    ring_x, ring_B, ring_dt = (
+        normal(slots, L, h, p),
+        normal(slots, L, g, n),
+        torch.rand(slots, L, h) * 0.3,
+    )
     for slot in range(slots):  # places that no call may read
         live = {int(t) % L for t in range(int(checkpoint[slot]), int(length[slot]))}
         for place in set(range(L)) - live:
@@ -132,7 +150,9 @@ def case(io, held, shape, flush, heads, D, z, bias, softplus, beside, ragged, la
         "checkpoint": checkpoint,
         "length": length,
         "x": lay(normal(b, m, h, p), 2),
-        "dt": lay(normal(b, m, h, dtype=small) if softplus else torch.rand(b, m, h).to(small) * 0.3, 1),
+        "dt": lay(
+            normal(b, m, h, dtype=small) if softplus else torch.rand(b, m, h).to(small) * 0.3, 1
+        ),
         "A": guarded(-torch.rand(h).to(small)),
         "B": lay(normal(b, m, g, n), 2),
         "C": lay(normal(b, m, g, n), 2),
@@ -152,7 +172,13 @@ def case(io, held, shape, flush, heads, D, z, bias, softplus, beside, ragged, la
 
 
 # The distance of neighbours of a format, in parts of the largest number of a row.
-PLACE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.int8: 1 / 127, E4M3: 2**-3}
+PLACE = {
+    torch.float32: 1e-6,
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-9,
+    torch.int8: 1 / 127,
+    E4M3: 2**-3,
+}
 WRITTEN = ("state", "state_scale", "ring_x", "ring_B", "ring_dt")
 
 
@@ -178,7 +204,9 @@ def whole(t):
 def decoded(a, slot):
     state = a["state"][slot].cpu()
     scale = a["state_scale"]
-    return state.double() if scale is None else state.double() * scale[slot].cpu().double()[..., None]
+    return (
+        state.double() if scale is None else state.double() * scale[slot].cpu().double()[..., None]
+    )
 
 
 def check(before, arguments, y):
@@ -193,7 +221,9 @@ def check(before, arguments, y):
     assert (y.cpu()[oracle_y == 0] == 0).all()
     for name in WRITTEN[2:]:
         if name == "ring_dt":
-            torch.testing.assert_close(arguments[name].cpu(), honest[name], rtol=2e-6, atol=1e-7, equal_nan=True)
+            torch.testing.assert_close(
+                arguments[name].cpu(), honest[name], rtol=2e-6, atol=1e-7, equal_nan=True
+            )
         else:
             assert torch.equal(whole(arguments[name]), whole(honest[name])), name
     for slot in range(before["state"].shape[0]):
@@ -208,7 +238,9 @@ def check(before, arguments, y):
         assert ((got - want).abs() > 1e-5 * largest).double().mean() < 0.02
     touched = torch.zeros(before["state"].shape, dtype=torch.bool)
     touched[[slot for slot in before["state_indices"].tolist() if slot >= 0]] = True
-    flags = torch.zeros(whole(before["state"]).numel() // before["state"].element_size(), dtype=torch.bool)
+    flags = torch.zeros(
+        whole(before["state"]).numel() // before["state"].element_size(), dtype=torch.bool
+    )
     flags.as_strided(touched.shape, before["state"].stride())[touched] = True
     flags = flags.repeat_interleave(before["state"].element_size())
     assert (flags | (whole(arguments["state"]) == whole(before["state"]))).all()

@@ -1,5 +1,6 @@
 """E layers: transformers' NemotronH with routed experts as the second opinion, both kinds of file, losses, balance."""
 
+import copy
 import json
 import shutil
 
@@ -100,7 +101,22 @@ def test_greedy_continuations_equal_theirs(pair):
     model, ours = pair
     ids = tokens(1, 9)
     want = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)[0, 9:]
-    assert torch.equal(generate(ours, [ids[0]], 12)[0], want)
+    assert torch.equal(generate(ours, [ids[0]], 12, stop_ids=())[0], want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [dict(draft_tokens=4), dict(tree=(2, 2, 1))], ids=str)
+def test_greedy_continuations_with_drafts_equal_theirs(pair, options):
+    """Their weights; a drafter of random ones, which guesses now and then."""
+    model, ours = pair
+    ids = tokens(2, 9)
+    theirs = dict(max_new_tokens=24, do_sample=False, eos_token_id=None)
+    mask = torch.ones_like(ids)  # else they hide tokens that look like padding
+    want = model.generate(ids, attention_mask=mask, **theirs)[:, 9:]
+    ours = copy.copy(ours)
+    ours.mtp = HybridLM(ours.config.replace(mtp_pattern="*E")).mtp
+    got = generate(ours, ids, 24, stop_ids=(), **options)
+    assert torch.equal(torch.stack(got), want)
 
 
 def test_gradients_equal_theirs(pair):
