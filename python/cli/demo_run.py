@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tigon.cli import demo_lowprec
+from tigon.cli.demo_drafts import compare_drafts
 from tigon.cli.demo_experts import draw_load, expert_load, print_load
 from tigon.cli.demo_text import lzma_bits, order_2_bits, split_text
 from tigon.cli.demo_train import BATCH, LENGTH, History, bits_per_byte, train
@@ -19,8 +20,8 @@ from tigon.models import HybridLM
 
 OK, WRONG_RESULT = 0, 2
 NEW_BYTES = 240
-TOLERANCE = 1e-3  # of fp32 logits of size 10: decode and prefill sum in different orders
-EXACT = 1e-8  # of the same logits in fp64
+TOLERANCE = 1e-3  # of log-probabilities from fp32 logits of size 10: decode and prefill sum in different orders
+EXACT = 1e-8  # of the same in fp64
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -50,6 +51,7 @@ def run_demo(args: argparse.Namespace) -> int:
     _plot(history, model, load, args.out / "loss.png")
     _compare(model, training, held_out)
     print_load(model, load)
+    compare_drafts(model, _ids(held_out), args.seed)
     # A quarter of the steps above at most: on a busy machine two short trainings take no longer than the long one.
     steps = max(1, min(demo_lowprec.STEPS, steps // 4))
     demo_lowprec.compare_precisions(model, _ids(training), _ids(held_out), steps, args.seed)
@@ -139,28 +141,22 @@ def _compare(model: HybridLM, training: bytes, held_out: bytes) -> None:
 
 
 def _generate(model: HybridLM, prompt: str, seed: int) -> int:
-    """Continue the prompt greedily and at temperature 1; compare decode logits with full recomputation."""
+    """Continue the prompt greedily and at temperature 1; compare log-probabilities with full recomputation."""
     ids = _ids(prompt.encode())
     worst = 0.0
     for name, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
-        seen: list[Tensor] = []
         start = time.perf_counter()
-        new = generate(
-            model,
-            [ids],
-            NEW_BYTES,
-            temperature=temperature,
-            generator=torch.Generator().manual_seed(seed),
-            on_step=lambda logits, _, seen=seen: seen.append(logits[0]),
-        )[0]
+        (new,), (logprobs,) = generate(
+            model, [ids], NEW_BYTES, temperature=temperature, seed=seed, logprobs=True, stop_ids=()
+        )
         rate = NEW_BYTES / (time.perf_counter() - start)
         text = bytes(new.tolist()).decode(errors="replace")
-        print(f"\n--- {name}, {rate:.0f} bytes/s through the recurrent decode path\n{prompt}{text}")
-        worst = max(worst, _agreement(model, torch.cat([ids, new]), torch.stack(seen)))
+        print(f"\n--- {name}, {rate:.0f} bytes/s with 3 drafts a step\n{prompt}{text}")
+        worst = max(worst, _agreement(model, torch.cat([ids, new]), logprobs))
     verdict = "agree" if worst <= TOLERANCE else "DIFFER"
     print(
         f"\ndecode path and full recomputation {verdict}: "
-        f"largest difference of a logit {worst:.1e}, allowed {TOLERANCE:.0e}"
+        f"largest difference of a log-probability {worst:.1e}, allowed {TOLERANCE:.0e}"
     )
     return OK if worst <= TOLERANCE else WRONG_RESULT
 
@@ -180,24 +176,27 @@ def _agreement(model: HybridLM, ids: Tensor, decoded: Tensor) -> float:
     again = _difference(exact, ids, _decode(exact, ids, start))
     if again > EXACT:
         return found
-    print(
-        f"(fp32 logits differ by {found:.1e}, those of fp64 by {again:.0e}: a tie of two experts)"
-    )
+    print(f"(in fp32 they differ by {found:.1e}, in fp64 by {again:.0e}: a tie of two experts)")
     return again
 
 
 @torch.no_grad()
 def _decode(model: HybridLM, ids: Tensor, start: int) -> Tensor:
-    """Logits (t - start, V) that predict ids[start:], through the recurrent decode path."""
+    """Log-probabilities (t - start) of ids[start:], one token at a time through the recurrent decode path."""
     cache = model.allocate_cache(1, ids.numel())
     logits = [model(ids[None, :start], cache=cache)[0, -1]]
     for token in ids[start:-1]:
         logits.append(model(token.view(1, 1), cache=cache)[0, 0])
-    return torch.stack(logits)
+    return _logprobs(torch.stack(logits), ids[start:])
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 @torch.no_grad()
 def _difference(model: HybridLM, ids: Tensor, decoded: Tensor) -> float:
-    """max |decoded logits - those of one pass over everything|; NaN counts as infinite."""
-    full = model(ids[None])[0, -decoded.shape[0] - 1 : -1]
+    """max |decoded log-probabilities - those of one pass over everything|; NaN counts as infinite."""
+    n = decoded.shape[0]
+    full = _logprobs(model(ids[None])[0, -n - 1 : -1], ids[-n:])
     return (full - decoded).abs().max().nan_to_num(nan=math.inf).item()

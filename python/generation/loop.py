@@ -107,7 +107,7 @@ def generate(
         logprobs: also return each token's log-probability under the model, before temperature, top_k and top_p.
         streamer: called with (row, new tokens) after each step.
         return_report: also return a `Report`.
-        rollback: how rejected tokens are undone, "replay" or "snapshot"; flush, ssm_dtype, rounding: of states, all as in
+        rollback: how rejected tokens are undone, "replay" or "snapshot". flush, ssm_dtype, rounding: of states, as in
             `HybridCache`.
 
     Returns:

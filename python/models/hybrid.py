@@ -252,6 +252,8 @@ class HybridLM(nn.Module):
             ValueError: arguments that contradict each other, or no room in the cache, by name.
         """
         where = {"slots": slots, "num_tokens": num_tokens, "mask": mask}
+        if labels is not None and undoable:
+            raise ValueError(f"labels and {', '.join(undoable)}: a loss is of tokens that stay")
         if labels is not None:
             found = self.losses(
                 input_ids, labels, cu_seqlens, cache, return_routing=return_routing, **where

@@ -11,23 +11,20 @@ W0, W1 = 0x9E3779B9, 0xBB67AE85
 MASK = 0xFFFFFFFF
 
 
-def _product(m: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of m x, both below 2^32; int64 has no unsigned product, so x goes in halves."""
-    low = m * (x & 0xFFFF)
-    high = m * (x >> 16) + (low >> 16)
-    return high >> 16, (high & 0xFFFF) << 16 | (low & 0xFFFF)
-
-
 def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]:
     """Four 32-bit words for a counter of four and a key of two words; int64 tensors in [0, 2^32) that broadcast."""
-    c0, c1, c2, c3 = (torch.as_tensor(c) for c in counter)
-    k0, k1 = key
+    # Words 0 and 2 side by side, and 1 and 3: one operation serves two. Products wrap at 64 bits, as wanted.
+    words = torch.broadcast_tensors(*(torch.as_tensor(c) for c in (*counter, *key)))
+    even, odd, keys = (torch.stack([words[i], words[j]]) for i, j in ((0, 2), (1, 3), (4, 5)))
+    shape = (2, *[1] * words[0].dim())
+    multiplier = torch.tensor((M0, M1), device=even.device).view(shape)
+    step = torch.tensor((W0, W1), device=even.device).view(shape)
     for _ in range(10):
-        h0, l0 = _product(M0, c0)
-        h1, l1 = _product(M1, c2)
-        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
-        k0, k1 = (k0 + W0) & MASK, (k1 + W1) & MASK
-    return c0, c1, c2, c3
+        product = even.mul_(multiplier)
+        high = (product >> 32).bitwise_and_(MASK).flip(0)
+        even, odd = high.bitwise_xor_(odd).bitwise_xor_(keys), product.bitwise_and_(MASK).flip(0)
+        keys = keys.add_(step).bitwise_and_(MASK)
+    return even[0], odd[0], even[1], odd[1]
 
 
 def rounding_bytes(seed: Tensor, stream: int, rows: int, width: int, offset: int) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tigon.cli import demo_experts, demo_run, demo_text, demo_train, main
+from tigon.cli import demo_drafts, demo_experts, demo_run, demo_text, demo_train, main
 from tigon.models import HybridLM
 
 FEW = ["demo", "--steps", "2", "--prompt", "A class"]
@@ -18,6 +18,9 @@ def short(monkeypatch):
     training, held_out = demo_text.split_text()
     monkeypatch.setattr(demo_run, "split_text", lambda seed: (training[:20_000], held_out[:2_000]))
     monkeypatch.setattr(demo_run, "NEW_BYTES", 12)
+    monkeypatch.setattr(demo_drafts, "NEW", 8)
+    monkeypatch.setattr(demo_drafts, "ROUNDS", 1)
+    monkeypatch.setattr(demo_drafts, "HELD_OUT", 512)
     monkeypatch.setattr(demo_train, "BATCH", 2)
 
 
@@ -35,6 +38,12 @@ def test_demo_trains_saves_compares_and_checks_the_decode_path(short, tmp_path, 
         "nvfp4 training",
         "weights in nvfp4",
         "expert load",
+        "given the true text",
+        "greedy, outside loops",
+        "bytes a step",
+        "fastest",
+        "snapshots, K = 6",
+        "greedy text with 3 drafts",
     ):
         assert part in out
     assert (tmp_path / "loss.png").stat().st_size > 1000
@@ -137,7 +146,8 @@ def test_expert_load_is_the_share_of_choices_of_every_layer(capsys):
 def test_logits_that_differ_by_a_tie_of_experts_are_compared_in_fp64(monkeypatch, capsys):
     model, ids = HybridLM("tiny"), torch.randint(0, 256, (40,))
     decoded = demo_run._decode(model, ids, 30)
-    torch.testing.assert_close(decoded, model(ids[None])[0, 29:-1], rtol=0, atol=1e-4)
+    full = model(ids[None])[0, 29:-1].log_softmax(-1).gather(1, ids[30:, None])[:, 0]
+    torch.testing.assert_close(decoded, full, rtol=0, atol=1e-4)
     other = decoded.clone()
     other[3:] += 0.1  # as if a choice had gone the other way
     assert demo_run._agreement(model, ids, other) < 1e-9
