@@ -131,7 +131,11 @@ class Decoder:
         self.scale = None
         # The state of the prompt is stored as it would be at position `start`.
         at = (
-            {"seeds": self.seeds, "positions": torch.full((b,), start, device=device), "layer": layer}
+            {
+                "seeds": self.seeds,
+                "positions": torch.full((b,), start, device=device),
+                "layer": layer,
+            }
             if stochastic
             else {}
         )
