@@ -223,7 +223,8 @@ def products(held, shape, stochastic, device):
     x = torch.randn(b, 1, h, p) * torch.exp2(torch.randint(-26, 14, (b, 1, h, p)))
     B = torch.randn(b, 1, 1, n) * torch.exp2(torch.randint(-2, 3, (b, 1, 1, n)))
     x[0, 0, 0, 0], x[0, 0, 1, 1], x[1, 0, 0, 0] = 0.0, float("nan"), float("inf")
-    x[2, 0, 0, 0], x[2, 0, 1, 0] = 1e-44, 1e5
+    x[2, 0, 0, 0], x[2, 0, 1, 0] = 2**-130, 1e5
+    B += B.sign() * 2**-6  # so that no product underflows
     scaled = held in (torch.int8, E4M3)
     arguments = {
         "state": torch.zeros(b, h, p, n, dtype=held),

@@ -167,7 +167,7 @@ def ssd_check(before, arguments, y):
         assert ((got - want).abs() <= place * largest + 1e-6).all()
         assert ((got - want).abs() > 1e-5 * largest).double().mean() < 0.02
     touched = torch.zeros(before["state"].shape, dtype=torch.bool)
-    touched[[slot for slot in before["state_indices"].tolist() if slot >= 0]] = True
+    touched[[slot for slot in before["state_indices"].tolist() if 0 <= slot < len(touched)]] = True
     flags = torch.zeros(
         whole(before["state"]).numel() // before["state"].element_size(), dtype=torch.bool
     )
