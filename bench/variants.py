@@ -1,12 +1,34 @@
 """Variants of an op: options that change what it does so much that each is measured by itself.
 
-The first is the default. A variant of `quantize_*` names the options, of `dequantize` the format, of `scaled_mm` the
-formats of both operands, of `moe_*` the options (for experts foremost `save`). Standard library only.
+The first is the default. A variant of a decode step names the form of the state (dtype, rounding) and, with replay,
+the tokens between two writes of it. A variant of `quantize_*` names the options, of `dequantize` the format, of
+`scaled_mm` the formats of both operands, of `moe_*` the options (for experts foremost `save`). Standard library only.
 """
 
 FORMATS = ("nvfp4", "mxfp8", "fp8-tensor", "fp8-row", "fp8-1x128", "fp8-128x128")
 
+FLUSH = 16  # tokens between two writes of a state, with replay
+
 VARIANTS: dict[str, dict[str, object]] = {
+    "ssd_update": {
+        "plain": {},
+        "fp16-stochastic": {"state": "float16", "rounding": "stochastic"},
+        "int8": {"state": "int8"},
+        "e4m3": {"state": "float8_e4m3fn"},
+        "replay": {"flush": FLUSH},
+        "replay-fp16-stochastic": {
+            "flush": FLUSH,
+            "state": "float16",
+            "rounding": "stochastic",
+        },
+        "replay-int8": {"flush": FLUSH, "state": "int8"},
+        "replay-tree": {"flush": FLUSH, "tree": True},
+    },
+    "causal_conv1d_update": {
+        "plain": {},
+        "replay": {"flush": FLUSH},
+        "replay-tree": {"flush": FLUSH, "tree": True},
+    },
     "quantize_nvfp4": {
         "row": {},
         "both": {"axis": "both"},

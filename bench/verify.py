@@ -123,7 +123,7 @@ def verify(work: Workload, backward: bool = True, repeat: bool = True) -> list[R
     for name, right in exact.items():
         honest, limit = difference(base[name], right), 0.0
         if not work.exact and right.is_floating_point():
-            limit = min(2 * honest + torch.finfo(got[name].dtype).eps, CAP[work.dtype])
+            limit = min(2 * honest + torch.finfo(got[name].dtype).eps, work.cap or CAP[work.dtype])
         rows.append(
             Row(
                 name,

@@ -8,7 +8,9 @@ and backward together.
                   backward  FLOPs/token  6 Q N G + 3 Q P H + 10 N P H           (recomputes what it needs)
                   forward   bytes/token  2 H P e + 2 G N e + H e                (x, y, B, C, dt) + final states
                   backward  bytes/token  3 H P e + 4 G N e + 2 H e              (x, dy, dx, B, C, dB, dC, dt, ddt)
-    ssd_update    FLOPs 6 per state element and token; bytes: the fp32 state read and written, inputs, outputs
+    ssd_update    FLOPs 6 per state element and token; bytes: the state and its scales read and written, inputs, outputs
+                  replay: 4 per state element and token and the products of pairs of tokens; bytes: the state read, and
+                  written once in `flush` tokens, half a window of the rings read, and what a write of the state folds
     quantize_*    FLOPs 3 an element and copy (magnitude, product, rounding), 6 more with the Hadamard transform;
                   bytes: x once, codes and scales of every copy
     scaled_mm     FLOPs 2 M N K; bytes: codes and scales of both operands, the output
@@ -50,9 +52,21 @@ def ssd_scan(e: int, b: int, l: int, h: int, p: int, g: int, n: int) -> tuple[Wo
     return forward, backward
 
 
-def ssd_update(e: int, b: int, m: int, h: int, p: int, g: int, n: int) -> tuple[Work]:
-    state = b * h * p * n
-    return (Work(8 * state + b * m * e * (2 * h * p + 2 * g * n + h), 6 * m * state),)
+STATE_BYTES = {"float32": 4, "float16": 2, "int8": 1, "float8_e4m3fn": 1}
+
+
+def ssd_update(e: int, choice: dict, b: int, m: int, h: int, p: int, g: int, n: int) -> tuple[Work]:
+    elements, size = b * h * p * n, STATE_BYTES[choice.get("state", "float32")]
+    state = elements * size + (4 * b * h * p if size == 1 else 0)
+    moved = b * m * e * (2 * h * p + 2 * g * n + h)
+    if "flush" not in choice:
+        return (Work(2 * state + moved, 6 * m * elements),)
+    flush, seen = choice["flush"], (choice["flush"] - 1) // 2
+    token = e * (h * p + g * n) + 4 * h  # in the rings
+    # A call writes m tokens, reads what is pending, and every token once more when the state is written.
+    moved += b * token * (seen + 2 * m)
+    pairs = b * m * (seen + m) * 2 * (g * n + h * p)
+    return (Work(state + state * m // flush + moved, 4 * m * elements + pairs),)
 
 
 def causal_conv1d(e: int, b: int, l: int, d: int, width: int) -> tuple[Work, Work]:
@@ -61,8 +75,9 @@ def causal_conv1d(e: int, b: int, l: int, d: int, width: int) -> tuple[Work, Wor
     return forward, Work(3 * elements * e + 8 * d * (width + 1), elements * (6 * width + 8))
 
 
-def causal_conv1d_update(e: int, b: int, m: int, d: int, width: int) -> tuple[Work]:
-    moved = e * b * d * (2 * m + 2 * (width - 1)) + 4 * d * (width + 1)
+def causal_conv1d_update(e: int, choice: dict, b: int, m: int, d: int, width: int) -> tuple[Work]:
+    window = width - 1 + (m if "flush" in choice else width - 1)  # a ring takes the new inputs only
+    moved = e * b * d * (2 * m + window) + 4 * d * (width + 1)
     return (Work(moved, b * m * d * (2 * width + 4)),)
 
 

@@ -4,9 +4,10 @@
     outputs = work.run()
 
 Inputs look as they do in a trained layer: decays of a few to a few hundred tokens, activations of unit variance,
-parameters in fp32. Every option of the op that a model uses is on. On the meta device nothing is allocated.
-Variants of ops are in `bench/variants.py`; the low-precision ops and those of mixtures of experts have builders of
-their own (`bench/lowprec.py`, `bench/moe.py`, `bench/sampling.py`).
+parameters in fp32. Every option of the op that a model uses is on. On the meta device nothing is allocated. Variants
+of ops are in `bench/variants.py`; the decode steps, the low-precision ops and those of mixtures of experts have
+builders of their own (`bench/decode.py`, `bench/lowprec.py`, `bench/moe.py`,
+`bench/sampling.py`).
 """
 
 import math
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 import tigon
-from tigon.bench import lowprec, moe, sampling
+from tigon.bench import decode, lowprec, moe, sampling
 from tigon.bench.variants import VARIANTS, chosen
 from tigon.ops.quantized import QuantizedTensor
 from tigon.ops.routing import Routing
@@ -25,11 +26,10 @@ from tigon.registry import OPS
 
 SMALL = {
     "ssd_scan": {"b": 2, "l": 200, "h": 8, "p": 64, "g": 2, "n": 128},
-    "ssd_update": {"b": 4, "m": 2, "h": 8, "p": 64, "g": 2, "n": 128},
     "causal_conv1d": {"b": 2, "l": 200, "d": 160, "width": 4},
-    "causal_conv1d_update": {"b": 4, "m": 3, "d": 160, "width": 4},
     "gated_rms_norm": {"t": 100, "d": 1024, "group_size": 256},
     "rms_norm": {"t": 100, "d": 1024},
+    **decode.SMALL,
     **lowprec.SMALL,
     **moe.SMALL,
     **sampling.SMALL,
@@ -41,7 +41,8 @@ class Workload:
     """inputs: tensors by argument name; options: the other arguments; outputs: names of the tensors that come back.
 
     mutated: the input that the op changes in place; it counts as an output. oracle: what is right, where it is not the
-    reference in fp64; exact: every byte of it. arguments: what the op is called with, made of the inputs.
+    reference in fp64; exact: every byte of it. arguments: what the op is called with, made of the inputs. held: the
+    mutated input as numbers, where it is codes. cap: the largest error allowed, where not the dtype's.
     """
 
     op: str
@@ -55,6 +56,8 @@ class Workload:
     oracle: Callable[["Workload"], tuple[Tensor, ...]] | None = None
     exact: bool = False
     arguments: Callable[[Mapping[str, Tensor]], Mapping[str, object]] = dict
+    held: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    cap: float | None = None
 
     @property
     def differentiable(self) -> bool:
@@ -69,7 +72,9 @@ class Workload:
         """The op's outputs. Mutated inputs are changed for real: `verify` passes copies."""
         inputs = inputs or self.inputs
         out = tensors(getattr(tigon, self.op)(**self.arguments(inputs), **self.options))
-        return out if self.mutated is None else (*out, inputs[self.mutated])
+        if self.mutated is None:
+            return out
+        return (*out, inputs[self.mutated] if self.held is None else self.held(inputs))
 
     def widened(self) -> "Workload":
         """The same in fp64."""
@@ -103,15 +108,6 @@ class Draw:
         return t.mul_(high - low).add_(low)
 
 
-def _step(draw: Draw, h: int, p: int) -> dict:
-    """Parameters of the state-space layer: time scales 1/(A dt) of a few to a few hundred tokens."""
-    return {
-        "A": -draw.parameter(h, low=1.0, high=16.0),
-        "D": draw.parameter(h),
-        "dt_bias": draw.parameter(h, low=-7.0, high=-2.0),
-    }
-
-
 def ssd_scan(draw: Draw, b: int, l: int, h: int, p: int, g: int, n: int) -> dict:
     return {
         "inputs": {
@@ -119,26 +115,10 @@ def ssd_scan(draw: Draw, b: int, l: int, h: int, p: int, g: int, n: int) -> dict
             "dt": draw.normal(b, l, h),
             "B": draw.normal(b, l, g, n, scale=1 / math.sqrt(n)),
             "C": draw.normal(b, l, g, n),
-            **_step(draw, h, p),
+            **decode.step(draw, h),
         },
         "options": {"dt_softplus": True, "return_final_states": True},
         "outputs": ("y", "final_states"),
-    }
-
-
-def ssd_update(draw: Draw, b: int, m: int, h: int, p: int, g: int, n: int) -> dict:
-    return {
-        "inputs": {
-            "state": draw.normal(b, h, p, n, dtype=torch.float32),
-            "x": draw.normal(b, m, h, p),
-            "dt": draw.normal(b, m, h),
-            "B": draw.normal(b, m, g, n, scale=1 / math.sqrt(n)),
-            "C": draw.normal(b, m, g, n),
-            **_step(draw, h, p),
-        },
-        "options": {"dt_softplus": True},
-        "outputs": ("y", "state"),
-        "mutated": "state",
     }
 
 
@@ -151,20 +131,6 @@ def causal_conv1d(draw: Draw, b: int, l: int, d: int, width: int) -> dict:
         },
         "options": {"return_final_state": True},
         "outputs": ("y", "final_state"),
-    }
-
-
-def causal_conv1d_update(draw: Draw, b: int, m: int, d: int, width: int) -> dict:
-    return {
-        "inputs": {
-            "x": draw.normal(b, m, d),
-            "conv_state": draw.normal(b, d, width - 1),
-            "weight": draw.parameter(d, width),
-            "bias": draw.parameter(d),
-        },
-        "options": {},
-        "outputs": ("y", "conv_state"),
-        "mutated": "conv_state",
     }
 
 
@@ -183,13 +149,12 @@ BUILDERS: dict[str, Callable[..., dict]] = (
         build.__name__: build
         for build in (
             ssd_scan,
-            ssd_update,
             causal_conv1d,
-            causal_conv1d_update,
             gated_rms_norm,
             rms_norm,
         )
     }
+    | decode.BUILDERS
     | lowprec.BUILDERS
     | moe.BUILDERS
     | sampling.BUILDERS

@@ -58,20 +58,19 @@ __global__ void __launch_bounds__(128, 8) conv1d_replay(const Conv1dReplay a) {
     const int first_place = int(length % a.places);
 
     const int first = kMaxWidth - a.width;  // the oldest tap in use
+    // The input at position length - back, back >= 1. No token of this call is written to its
+    // place.
+    const auto window = [&](int back) {
+        const int place = first_place - back;
+        return back > length ? 0.0f : to_float(ring[place < 0 ? place + a.places : place]);
+    };
     float weight[kMaxWidth], past[kPast];
 #pragma unroll
     for (int k = 0; k < kMaxWidth; ++k) {
         weight[k] = 0.0f;
         if (k >= first)
             weight[k] = load_as(a.weight, int64(channel) * a.width + k - first, a.weight_dtype);
-    }
-#pragma unroll
-    for (int k = 0; k < kPast; ++k) {
-        past[k] = 0.0f;
-        const int back = kPast - k;
-        if (k < first || back > length) continue;
-        const int place = first_place - back;
-        past[k] = to_float(ring[place < 0 ? place + a.places : place]);
+        if (k < kPast) past[k] = k >= first ? window(kPast - k) : 0.0f;
     }
     const float bias = a.bias ? load_as(a.bias, channel, a.bias_dtype) : 0.0f;
 
@@ -84,7 +83,7 @@ __global__ void __launch_bounds__(128, 8) conv1d_replay(const Conv1dReplay a) {
         if (a.ancestors) {
             // The nearest ancestors from the newest tap on, then the window from its newest input.
             unsigned rest = unsigned(a.ancestors[row * a.tokens + t]) & ((1u << t) - 1);
-            int behind = 0;  // inputs of the window that are taken
+            int back = 0;
 #pragma unroll
             for (int k = kPast - 1; k >= 0; --k) {
                 taps[k] = 0.0f;
@@ -94,10 +93,7 @@ __global__ void __launch_bounds__(128, 8) conv1d_replay(const Conv1dReplay a) {
                     rest ^= 1u << node;
                     taps[k] = to_float(x[node * a.x_stride_token]);
                 } else {
-                    ++behind;
-#pragma unroll
-                    for (int j = 0; j < kPast; ++j)
-                        if (j == kPast - behind) taps[k] = past[j];
+                    taps[k] = window(++back);
                 }
             }
         } else {

@@ -26,386 +26,218 @@
 // of its rows, dt' the first block of its head, B that of its group's first head.
 //
 // Sums that must not depend on the grouping name their roundings, so that the compiler fuses none.
-#include "common/state_tile.cuh"
+#include "common/replay_tokens.cuh"
 
 namespace tigon {
 
-constexpr int kTokens = 16;  // rows of B in shared memory at a time
-constexpr int kPairs = 8;    // pairs (t, k) a warp works on at a time, 4 lanes each
-constexpr int kRowPad = 4;   // floats; 8 rows then start in different banks
-
-struct SsdReplay {
-    void* state;
-    float* state_scale;  // null but for 8-bit states
-    void* ring_x;
-    void* ring_B;
-    float* ring_dt;
-    const int64* checkpoint;
-    const int64* length;
-    const void* x;
-    const void* dt;
-    const void* A;
-    const void* B;
-    const void* C;
-    const void* D;             // may be null
-    const void* z;             // may be null
-    const void* dt_bias;       // may be null
-    const int* state_indices;  // null: row b uses slot b
-    const int* num_tokens;     // null: every row has `tokens`
-    const int* ancestors;      // null: a chain; else (b,m) bits
-    const int64* seeds;        // null: the state is rounded to nearest
-    void* y;                   // contiguous
-    int64 slots, state_stride_slot, scale_stride_slot;
-    int64 ring_x_stride_slot, ring_B_stride_slot, ring_dt_stride_slot;
-    int64 x_stride_batch, x_stride_token, z_stride_batch, z_stride_token;
-    int64 B_stride_batch, B_stride_token, C_stride_batch, C_stride_token;
-    int64 dt_stride_batch, dt_stride_token, dt_stride_head;
-    int64 D_stride_head, D_stride_p;
-    int tokens, heads, groups, p, n, places, flush, window;
-    int lanes, rows;  // lanes a row of p; rows of p a block
-    int dt_dtype, A_dtype, D_dtype, dt_bias_dtype;
-    int dt_softplus, staging_vectors, layer;
-    float dt_min, dt_max;
-    int unused;
-};
-
-// Shared memory, in floats; python/native/replay.py counts the same. `window` tokens are in sight
-// of a pass at most: flush, or flush - 1 + m of a tree.
-struct Staged {
-    float *B, *C;               // (kTokens | tokens, stride), see place()
-    float* x;                   // (window, rows)
-    float *gate, *dot;          // (tokens, rows); gate = silu(z) or 1, dot = S C
-    float* D;                   // (rows)
-    float *dt, *step, *weight;  // (window); step = A dt', weight = exp(steps after it) dt'
-    float* mixing;              // (tokens, window)
-    float* decay;               // (tokens), and one for the fold
-    int n_padded, stride;
-
-    __device__ Staged(float* memory, const SsdReplay& a) {
-        n_padded = padded(a.n);
-        stride = n_padded + kRowPad;
-        B = memory;
-        C = B + kTokens * stride;
-        x = C + a.tokens * stride;
-        gate = x + a.window * a.rows;
-        dot = gate + a.tokens * a.rows;
-        D = dot + a.tokens * a.rows;
-        dt = D + a.rows;
-        step = dt + a.window;
-        weight = step + a.window;
-        mixing = weight + a.window;
-        decay = mixing + a.tokens * a.window;
-    }
-};
-
-// Tokens by their offset from `length`: those below 0 lie in the rings, those from 0 on are new.
-template <typename Io>
-struct Tokens {
-    const SsdReplay& a;
-    int64 row, slot;
-    int head, group, first_place;
-
-    __device__ int64 place_of(int offset) const {
-        int place = first_place + offset;
-        place += place < 0 ? a.places : 0;
-        return place - (place >= a.places ? a.places : 0);
-    }
-    __device__ const Io* x(int offset) const {
-        const int64 at = int64(head) * a.p;
-        if (offset >= 0)
-            return static_cast<const Io*>(a.x) + row * a.x_stride_batch +
-                   offset * a.x_stride_token + at;
-        return ring_x(offset) + at;
-    }
-    __device__ const Io* B(int offset) const {
-        const int64 at = int64(group) * a.n;
-        if (offset >= 0)
-            return static_cast<const Io*>(a.B) + row * a.B_stride_batch +
-                   offset * a.B_stride_token + at;
-        return ring_B(offset) + at;
-    }
-    __device__ const Io* C(int offset) const {
-        return static_cast<const Io*>(a.C) + row * a.C_stride_batch + offset * a.C_stride_token +
-               int64(group) * a.n;
-    }
-    __device__ float dt(int offset) const {
-        if (offset < 0) return *ring_dt(offset);
-        float dt = load_as(
-            a.dt, row * a.dt_stride_batch + offset * a.dt_stride_token + head * a.dt_stride_head,
-            a.dt_dtype);
-        if (a.dt_bias) dt += load_as(a.dt_bias, head, a.dt_bias_dtype);
-        if (a.dt_softplus) dt = softplus(dt);
-        return clamp(dt, a.dt_min, a.dt_max);
-    }
-    __device__ Io* ring_x(int offset) const {
-        return static_cast<Io*>(a.ring_x) + slot * a.ring_x_stride_slot +
-               place_of(offset) * a.heads * a.p;
-    }
-    __device__ Io* ring_B(int offset) const {
-        return static_cast<Io*>(a.ring_B) + slot * a.ring_B_stride_slot +
-               place_of(offset) * a.groups * a.n;
-    }
-    __device__ float* ring_dt(int offset) const {
-        return a.ring_dt + slot * a.ring_dt_stride_slot + place_of(offset) * a.heads + head;
-    }
-};
-
-// Rows of B or C for `count` tokens, zeros behind n. from(i): where that of token i begins.
-template <typename Io, int kWidth, typename From>
-__device__ __forceinline__ void stage_vectors(const SsdReplay& a, const Staged& staged, float* to,
-                                              int count, From from) {
-    if (a.staging_vectors) {
-        constexpr int kStep = kVector<Io>;
-        const int steps = staged.n_padded / kStep;
+// The state after the tokens at offsets first..end-1, rounded, and stored or not.
+template <typename Io, typename State, bool kVectors>
+__device__ __forceinline__ void fold(const SsdReplay& a, const Place& place,
+                                     Tile<State, kVectors>& tile, int first, int end, bool stored) {
+    const int lane = threadIdx.x % a.lanes, row = threadIdx.x / a.lanes * kRows;
 #pragma unroll 1
-        for (int i = threadIdx.x; i < count * steps; i += blockDim.x) {
-            const int t = i / steps, k = i % steps * kStep;
-            float v[kStep];
-#pragma unroll
-            for (int j = 0; j < kStep; ++j) v[j] = 0.0f;
-            if (k < a.n) load_vector(from(t) + k, v);
-#pragma unroll
-            for (int j = 0; j < kStep; j += 4)
-                *reinterpret_cast<float4*>(to + t * staged.stride +
-                                           place<kWidth>(k + j, staged.n_padded)) =
-                    make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]);
+    for (int k = first; k < end; k += kTokens) {
+        const Staged staged(shared_memory() + opaque(0), a);
+        const int count = min(kTokens, end - k);
+        __syncthreads();
+        {
+            const Tokens<Io> tokens(a, place);
+            if (k == first) stage_window(staged, tokens, first, end - first);
+            stage_vectors<Io, tile.kWidth>(a, staged, staged.B, count,
+                                           [&](int i) { return tokens.B(k + i); });
         }
-    } else {
+        __syncthreads();
+        if (k == first) {
+            const Sight all{first, false};
+            for (int i = threadIdx.x; i <= end - first; i += blockDim.x) {
+                const float kept = expf(all.after(staged.step, end - 1, 0, first + i - 1));
+                if (i == 0) staged.decay[a.tokens] = kept;
+                if (i > 0) staged.weight[i - 1] = __fmul_rn(kept, staged.dt[i - 1]);
+            }
+            __syncthreads();
+            tile.multiply(staged.decay[a.tokens]);
+        }
 #pragma unroll 1
-        for (int i = threadIdx.x; i < count * staged.n_padded; i += blockDim.x) {
-            const int t = i / staged.n_padded, k = i % staged.n_padded;
-            to[t * staged.stride + place<kWidth>(k, staged.n_padded)] =
-                k < a.n ? to_float(from(t)[k]) : 0.0f;
+        for (int i = 0; i < count; ++i) {
+            const int at = k - first + i;
+            float input[kRows];
+#pragma unroll
+            for (int r = 0; r < kRows; ++r)
+                input[r] = __fmul_rn(staged.weight[at], staged.x[at * a.rows + row + r]);
+            tile.add(staged.B + i * staged.stride, staged.n_padded, input);
         }
     }
+    const Place here = place.again();
+    const int64 state_row = int64(here.head) * a.p + here.first_row + row;
+    Rounding how{a.seeds != nullptr, 0, here.length + end, unsigned(a.layer)};
+    if (kRounded<State> && a.seeds) how.seed = uint64(a.seeds[here.row]);
+    float scales[kRows];
+    tile.round(how, state_row * a.n, a.lanes, scales);
+    if (stored)
+        tile.store(static_cast<State*>(a.state) + here.slot * a.state_stride_slot +
+                   state_row * a.n);
+    if constexpr (kScaled<State>) {
+        float* scale = a.state_scale + here.slot * a.scale_stride_slot + state_row;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+            if (stored && lane == 0 && r < tile.rows) scale[r] = scales[r];
+        tile.unscale(scales);
+    }
 }
 
-// dt', A dt' and this block's rows of x of the tokens from offset `first` on.
+// mixing[t][k] for the tokens t in done..end-1 and the `count` tokens from offset base + first on,
+// whose B is staged. 8 neighbouring lanes have 8 rows of B, and a quarter of the elements of each.
 template <typename Io>
-__device__ __forceinline__ void stage_window(const Staged& staged, const Tokens<Io>& tokens,
-                                             int first, int count, int first_row, int inside) {
-    const SsdReplay& a = tokens.a;
-    for (int i = (threadIdx.x + blockDim.x / 2) % blockDim.x; i < count; i += blockDim.x) {
-        staged.dt[i] = tokens.dt(first + i);
-        staged.step[i] = __fmul_rn(load_as(a.A, tokens.head, a.A_dtype), staged.dt[i]);
-    }
+__device__ __forceinline__ void mix(const Staged& staged, const Tokens<Io>& tokens,
+                                    const Sight& sight, int done, int end, int first, int count) {
+    const int lane = threadIdx.x % 32, chunks = (count + kPairs - 1) / kPairs;
 #pragma unroll 1
-    for (int i = blockDim.x - 1 - threadIdx.x; i < count * a.rows; i += blockDim.x) {
-        const int t = i / a.rows, r = i % a.rows;
-        staged.x[i] = r < inside ? to_float(tokens.x(first + t)[first_row + r]) : 0.0f;
-    }
-}
-
-// silu(z) of the tokens first..end-1, and D.
-template <typename Io>
-__device__ __forceinline__ void stage_gates(const Staged& staged, const Tokens<Io>& tokens,
-                                            int first, int end, int first_row, int inside) {
-    const SsdReplay& a = tokens.a;
-    const int64 at = int64(tokens.head) * a.p + first_row;
-    const Io* z = a.z ? static_cast<const Io*>(a.z) + tokens.row * a.z_stride_batch + at : nullptr;
-#pragma unroll 1
-    for (int i = blockDim.x - 1 - threadIdx.x; i < (end - first) * a.rows; i += blockDim.x) {
-        const int t = first + i / a.rows, r = i % a.rows;
-        const bool real = r < inside;
-        staged.gate[t * a.rows + r] =
-            real && z ? silu(to_float(z[t * a.z_stride_token + r])) : 1.0f;
-        if (t > first) continue;
-        const int64 place = tokens.head * a.D_stride_head + (first_row + r) * a.D_stride_p;
-        staged.D[r] = real && a.D ? load_as(a.D, place, a.D_dtype) : 0.0f;
-    }
-}
-
-// What token t (an offset, of bits `path`) sees of the window that begins at `base`.
-struct Sight {
-    int base;
-    bool tree;
-
-    __device__ bool sees(int t, unsigned path, int k) const {
-        if (!tree) return k <= t;
-        return k < 0 || k == t || (k < t && (path >> k & 1));
-    }
-    // The sum of A dt' over what t sees after k, from the newest on.
-    __device__ float after(const float* step, int t, unsigned path, int k) const {
+    for (int i = threadIdx.x / 32; i < (end - done) * chunks; i += blockDim.x / 32) {
+        const int t = done + i / chunks, at = i % chunks * kPairs + lane % kPairs;
+        const float* b = staged.B + min(at, count - 1) * staged.stride;
+        const float* c = staged.C + t * staged.stride;
         float sum = 0.0f;
-        for (int j = t; j > k; --j)
-            if (sees(t, path, j)) sum = __fadd_rn(sum, step[j - base]);
-        return sum;
+#pragma unroll 2
+        for (int j = lane / kPairs * 4; j < staged.n_padded; j += 16) {
+            float left[4], right[4];
+            read4(b + j, left);
+            read4(c + j, right);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum = __fmaf_rn(left[e], right[e], sum);
+        }
+        sum = __fadd_rn(sum, __shfl_xor_sync(kWholeWarp, sum, kPairs));
+        sum = __fadd_rn(sum, __shfl_xor_sync(kWholeWarp, sum, 2 * kPairs));
+        const int k = first + at, other = sight.base + k;
+        const unsigned path = tokens.path(t);
+        if (lane >= kPairs || at >= count || !sight.sees(t, path, other)) continue;
+        const float kept = expf(sight.after(staged.step, t, path, other));
+        staged.mixing[t * tokens.a.window + k] = __fmul_rn(__fmul_rn(kept, staged.dt[k]), sum);
     }
-};
+}
+
+// y and the ring's dt' of the tokens done..end-1, from the state at offset base.
+template <typename Io, typename State, bool kVectors>
+__device__ __forceinline__ void outputs(const SsdReplay& a, const Place& place,
+                                        Tile<State, kVectors>& tile, int base, int done, int end) {
+    const Sight sight{base, a.ancestors != nullptr};
+    const int window = end - base;
+    __syncthreads();
+#pragma unroll 1
+    for (int k = 0; k < window; k += kTokens) {
+        const Staged staged(shared_memory() + opaque(0), a);
+        const Tokens<Io> tokens(a, place);
+        const int count = min(kTokens, window - k);
+        if (k == 0) {
+            stage_vectors<Io, tile.kWidth>(a, staged, staged.C + done * staged.stride, end - done,
+                                           [&](int i) { return tokens.C(done + i); });
+            stage_window(staged, tokens, base, window);
+            stage_gates(staged, tokens, done, end);
+        } else {
+            __syncthreads();
+        }
+        stage_vectors<Io, tile.kWidth>(a, staged, staged.B, count,
+                                       [&](int i) { return tokens.B(base + k + i); });
+        __syncthreads();
+        mix(staged, tokens, sight, done, end, k, count);
+    }
+    const Staged staged(shared_memory() + opaque(0), a);
+    const int lane = threadIdx.x % a.lanes, row = threadIdx.x / a.lanes * kRows;
+#pragma unroll 1
+    for (int t = done; t < end; ++t) {
+        float dot[kRows];
+        tile.dot(staged.C + t * staged.stride, staged.n_padded, dot);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            dot[r] = sum_lanes(dot[r], a.lanes);
+            if (lane == 0) staged.dot[t * a.rows + row + r] = dot[r];
+        }
+    }
+    const Tokens<Io> tokens(a, place);
+#pragma unroll 1
+    for (int t = done + int(threadIdx.x); t < end; t += blockDim.x) {
+        staged.decay[t] = expf(sight.after(staged.step, t, tokens.path(t), base - 1));
+        if (blockIdx.y == 0) *tokens.ring_dt(t) = staged.dt[t - base];
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (end - done) * a.rows; i += blockDim.x) {
+        const int t = done + i / a.rows, r = i % a.rows;
+        if (r >= tokens.inside) continue;
+        const unsigned path = tokens.path(t);
+        float sum = __fmul_rn(staged.decay[t], staged.dot[t * a.rows + r]);
+#pragma unroll 1
+        for (int k = base; k <= t; ++k)
+            if (sight.sees(t, path, k))
+                sum = __fmaf_rn(staged.mixing[t * a.window + k - base],
+                                staged.x[(k - base) * a.rows + r], sum);
+        if (a.D) sum = __fmaf_rn(staged.D[r], staged.x[(t - base) * a.rows + r], sum);
+        tokens.y(t)[r] = from_float<Io>(__fmul_rn(sum, staged.gate[t * a.rows + r]));
+    }
+}
 
 template <typename Io, typename State, bool kVectors>
-__global__ void __launch_bounds__(kThreads, kVectors ? 4 : 3) ssd_replay(const SsdReplay a) {
-    const int64 batch_row = blockIdx.x / a.heads;
-    const int head = blockIdx.x % a.heads, per_group = a.heads / a.groups;
-    const int first_row = blockIdx.y * a.rows;
-    const int64 slot = a.state_indices ? a.state_indices[batch_row] : batch_row;
-    const bool valid = slot >= 0 && slot < a.slots;
-    const int tokens =
-        !valid ? 0 : (a.num_tokens ? min(max(a.num_tokens[batch_row], 0), a.tokens) : a.tokens);
-
-    Io* y = static_cast<Io*>(a.y) + (batch_row * a.tokens * a.heads + head) * a.p + first_row;
-    const int64 y_stride = int64(a.heads) * a.p;
-    const int inside = min(a.rows, a.p - first_row);
-    for (int t = tokens; t < a.tokens; ++t)
-        for (int i = threadIdx.x; i < inside; i += blockDim.x)
-            y[t * y_stride + i] = from_float<Io>(0.0f);
+__global__ void __launch_bounds__(kThreads, kVectors            ? 4
+                                            : sizeof(State) > 1 ? 3
+                                                                : 2) ssd_replay(const SsdReplay a) {
+    Place place{
+        int(blockIdx.x / a.heads), 0, int(blockIdx.x % a.heads), int(blockIdx.y) * a.rows, 0, 0, 0};
+    place.slot = a.state_indices ? a.state_indices[place.row] : place.row;
+    place.inside = min(a.rows, a.p - place.first_row);
+    const bool valid = place.slot >= 0 && place.slot < a.slots;
+    const int count = a.num_tokens ? a.num_tokens[place.row] : a.tokens;
+    const int tokens = valid ? min(max(count, 0), a.tokens) : 0;
+    {
+        const Tokens<Io> padding(a, place);
+        for (int t = tokens; t < a.tokens; ++t)
+            for (int i = threadIdx.x; i < place.inside; i += blockDim.x)
+                padding.y(t)[i] = from_float<Io>(0.0f);
+    }
     if (!valid) return;
 
+    const int lane = threadIdx.x % a.lanes, row = threadIdx.x / a.lanes * kRows;
+    Tile<State, kVectors> tile(lane, a.lanes, place.inside - row, a.n);
+    {
+        const int64 first = int64(place.head) * a.p + place.first_row + row;
+        tile.load(
+            static_cast<const State*>(a.state) + place.slot * a.state_stride_slot + first * a.n,
+            kScaled<State> ? a.state_scale + place.slot * a.scale_stride_slot + first : nullptr);
+    }
+
     // Positions from here on are offsets from `length`. Whatever the cursor holds, they stay in
-    // the ring.
-    const int64 length = a.length[slot] < 0 ? 0 : a.length[slot];
-    const int boundary = -int(length % a.flush);
-    const int64 behind = a.checkpoint[slot] - length;
+    // the rings.
+    place.length = max(a.length[place.slot], int64(0));
+    place.first_place = int(place.length % a.places);
+    const int boundary = -int(place.length % a.flush);
+    const int64 behind = a.checkpoint[place.slot] - place.length;
     const int oldest = max(boundary - a.flush, a.tokens - a.places);
     const int start = behind < oldest ? oldest : behind > 0 ? 0 : int(behind);
-    if (tokens == 0 && start >= boundary) return;
 
-    const int lane = threadIdx.x % a.lanes, row = threadIdx.x / a.lanes * kRows;
-    const int64 first = int64(head) * a.p + first_row + row;  // row of the state, of this lane
-    State* state = static_cast<State*>(a.state) + slot * a.state_stride_slot + first * a.n;
-    float* scale = kScaled<State> ? a.state_scale + slot * a.scale_stride_slot + first : nullptr;
-    Tile<State, kVectors> tile(lane, a.lanes, inside - row, a.n);
-    tile.load(state, scale);
-
-    const Tokens<Io> source{a, batch_row, slot, head, head / per_group, int(length % a.places)};
-    const Staged staged(shared_memory(), a);
-    Rounding how{a.seeds != nullptr, 0, 0, unsigned(a.layer)};
-    if (kRounded<State> && a.seeds) how.seed = uint64(a.seeds[batch_row]);
-
-    // Tokens at offsets fold..base-1 go into the state, then done..end-1 get their outputs.
-    int fold = start, base = max(start, boundary), done = 0;
+    // Tokens at offsets from..base-1 go into the state, then done..end-1 get their outputs.
+    int from = start, base = max(start, boundary), done = 0;
 #pragma unroll 1
-    for (bool stored = true;; stored = false) {
-        const int end = a.ancestors
-                            ? tokens
-                            : min(tokens, base < boundary + a.flush ? boundary + a.flush : tokens);
-        if (fold < base) {
-#pragma unroll 1
-            for (int k = fold; k < base; k += kTokens) {
-                const int count = min(kTokens, base - k);
-                __syncthreads();
-                if (k == fold) stage_window(staged, source, fold, base - fold, first_row, inside);
-                stage_vectors<Io, tile.kWidth>(a, staged, staged.B, count,
-                                               [&](int i) { return source.B(k + i); });
-                __syncthreads();
-                if (k == fold) {
-                    const Sight all{fold, false};
-                    for (int i = threadIdx.x; i <= base - fold; i += blockDim.x) {
-                        const float kept = expf(all.after(staged.step, base - 1, 0, fold + i - 1));
-                        if (i == 0) staged.decay[a.tokens] = kept;
-                        if (i > 0) staged.weight[i - 1] = __fmul_rn(kept, staged.dt[i - 1]);
-                    }
-                    __syncthreads();
-                    tile.multiply(staged.decay[a.tokens]);
-                }
-#pragma unroll 1
-                for (int i = 0; i < count; ++i) {
-                    const int at = k - fold + i;
-                    float input[kRows];
-#pragma unroll
-                    for (int r = 0; r < kRows; ++r)
-                        input[r] = __fmul_rn(staged.weight[at], staged.x[at * a.rows + row + r]);
-                    tile.add(staged.B + i * staged.stride, staged.n_padded, input);
-                }
-            }
-            float scales[kRows];
-            how.position = length + base;
-            tile.round(how, first * a.n, a.lanes, scales);
-            if (stored) tile.store(state);
-            if constexpr (kScaled<State>) {
-#pragma unroll
-                for (int r = 0; r < kRows; ++r)
-                    if (stored && lane == 0 && r < tile.rows) scale[r] = scales[r];
-                tile.unscale(scales);
-            }
-        }
+    while (true) {
+        const bool first = done == 0;
+        const int end = a.ancestors || !first ? tokens : min(tokens, boundary + a.flush);
+        if (from < base) fold<Io>(a, place, tile, from, base, first);
         if (done == end) break;
-
-        const Sight sight{base, a.ancestors != nullptr};
-        const int* paths = a.ancestors ? a.ancestors + batch_row * a.tokens : nullptr;
-        const int window = end - base;
-        __syncthreads();
-        stage_vectors<Io, tile.kWidth>(a, staged, staged.C + done * staged.stride, end - done,
-                                       [&](int i) { return source.C(done + i); });
-        stage_window(staged, source, base, window, first_row, inside);
-        stage_gates(staged, source, done, end, first_row, inside);
-        for (int k = 0; k < window; k += kTokens) {
-            const int count = min(kTokens, window - k);
-            if (k > 0) __syncthreads();
-            stage_vectors<Io, tile.kWidth>(a, staged, staged.B, count,
-                                           [&](int i) { return source.B(base + k + i); });
-            __syncthreads();
-            // 8 neighbouring lanes have 8 rows of B, and a quarter of the elements of each.
-            const int in_warp = threadIdx.x % 32, chunks = (count + kPairs - 1) / kPairs;
-            for (int i = threadIdx.x / 32; i < (end - done) * chunks; i += blockDim.x / 32) {
-                const int t = done + i / chunks, at = i % chunks * kPairs + in_warp % kPairs;
-                const float* b = staged.B + min(at, count - 1) * staged.stride;
-                const float* c = staged.C + t * staged.stride;
-                float sum = 0.0f;
-                for (int j = in_warp / kPairs * 4; j < staged.n_padded; j += 16) {
-                    float left[4], right[4];
-                    read4(b + j, left);
-                    read4(c + j, right);
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) sum = __fmaf_rn(left[e], right[e], sum);
-                }
-                sum += __shfl_xor_sync(kWholeWarp, sum, kPairs);
-                sum += __shfl_xor_sync(kWholeWarp, sum, 2 * kPairs);
-                const int other = base + k + at;
-                const unsigned path = paths ? unsigned(paths[t]) : 0;
-                if (in_warp >= kPairs || at >= count || !sight.sees(t, path, other)) continue;
-                const float weight =
-                    __fmul_rn(expf(sight.after(staged.step, t, path, other)), staged.dt[k + at]);
-                staged.mixing[t * a.window + k + at] = __fmul_rn(weight, sum);
-            }
-        }
-        for (int t = done + int(threadIdx.x); t < end; t += blockDim.x)
-            staged.decay[t] =
-                expf(sight.after(staged.step, t, paths ? unsigned(paths[t]) : 0, base - 1));
-#pragma unroll 1
-        for (int t = done; t < end; ++t) {
-            float dot[kRows];
-            tile.dot(staged.C + t * staged.stride, staged.n_padded, dot);
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-                dot[r] = sum_lanes(dot[r], a.lanes);
-                if (lane == 0) staged.dot[t * a.rows + row + r] = dot[r];
-            }
-        }
-        __syncthreads();
-#pragma unroll 1
-        for (int i = threadIdx.x; i < (end - done) * a.rows; i += blockDim.x) {
-            const int t = done + i / a.rows, r = i % a.rows;
-            if (r >= inside) continue;
-            const unsigned path = paths ? unsigned(paths[t]) : 0;
-            float sum = __fmul_rn(staged.decay[t], staged.dot[t * a.rows + r]);
-            for (int k = base; k <= t; ++k)
-                if (sight.sees(t, path, k))
-                    sum = __fmaf_rn(staged.mixing[t * a.window + k - base],
-                                    staged.x[(k - base) * a.rows + r], sum);
-            if (a.D) sum = __fmaf_rn(staged.D[r], staged.x[(t - base) * a.rows + r], sum);
-            y[t * y_stride + r] = from_float<Io>(__fmul_rn(sum, staged.gate[t * a.rows + r]));
-        }
-        // What is new goes to the rings.
-        if (blockIdx.y == 0)
-            for (int t = done + int(threadIdx.x); t < end; t += blockDim.x)
-                *source.ring_dt(t) = staged.dt[t - base];
+        outputs<Io>(a, place, tile, base, done, end);
         if (end == tokens) break;
-        fold = base;
+        from = base;
         base = boundary + a.flush;
         done = end;
     }
+
+    // What is new goes to the rings.
+    const Tokens<Io> source(a, place);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < tokens * inside; i += blockDim.x) {
-        const int t = i / inside, at = first_row + i % inside;
-        source.ring_x(t)[int64(head) * a.p + at] = source.x(t)[at];
+    for (int i = threadIdx.x; i < tokens * place.inside; i += blockDim.x) {
+        const int t = i / place.inside, r = i % place.inside;
+        source.ring_x(t)[r] = source.x(t)[r];
     }
-    if (blockIdx.y == 0 && head % per_group == 0) {
+    if (blockIdx.y == 0 && source.head % (a.heads / a.groups) == 0) {
 #pragma unroll 1
-        for (int i = threadIdx.x; i < tokens * a.n; i += blockDim.x) {
-            const int t = i / a.n, k = i % a.n;
-            source.ring_B(t)[int64(source.group) * a.n + k] = source.B(t)[k];
-        }
+        for (int i = threadIdx.x; i < tokens * a.n; i += blockDim.x)
+            source.ring_B(i / a.n)[i % a.n] = source.B(i / a.n)[i % a.n];
     }
 }
 

@@ -264,19 +264,19 @@ def explain(op: str, *args: Any, arch: int | None = None, **kwargs: Any) -> Expl
         getattr(ops, op)(*args, **kwargs)
         raise AssertionError(f"{op} did not reach its launch")
     except _Stop as stop:
-        op, main, sizes = stop.args  # a form of an op may be registered by itself
+        form, main, sizes = stop.args  # of the op, where it has several
         copies = tuple(_recording)
     finally:
         _recording = before
-    choice = select(op, main.device, main.dtype, arch)
+    choice = select(form, main.device, main.dtype, arch)
     launch = {}
     if choice.backend != "reference":
-        if OPS[op].kind == "cuda":
+        if OPS[form].kind == "cuda":
             plan = _load("tigon.native:plan")
         else:
             plan = _load("tigon.kernels.launch:plan")
             sizes = sizes | {"batch_invariant": is_batch_invariant()}
         if arch is None:
             arch = device_arch(main.device) if main.is_cuda else 80
-        launch = plan(op, table_arch(arch // 10), **sizes)
+        launch = plan(form, table_arch(arch // 10), **sizes)
     return Explanation(op, choice.backend, choice.reason, choice.function, arch, launch, copies)

@@ -340,7 +340,8 @@ def ssd_update(
     else:
         where = (state, state_scale, cache.x, cache.B, cache.dt, cursor.checkpoint, cursor.length)
         args = (*where, *tokens, ancestors, seeds, cursor.flush, layer, *steps)
-        y = call("ssd_replay", x, args, sizes | {"flush": cursor.flush})
+        forms = {"flush": cursor.flush, "tree": ancestors is not None}
+        y = call("ssd_replay", x, args, sizes | forms)
     return y[:, 0] if single else y
 
 

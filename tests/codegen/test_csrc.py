@@ -12,12 +12,13 @@ import host_build
 import pytest
 
 from tigon import native
-from tigon.native import mamba2, moe, quantize
+from tigon.native import mamba2, moe, quantize, replay
 
 ARCHS = ["80", "90a", "100a", "120a"]
 SOURCES = host_build.KERNELS
 INSTANCES = {
     "amax": 3,
+    "conv1d_replay": 3,
     "conv1d_update": 9,
     "dequantize": 9,
     "moe_route": 5,
@@ -26,7 +27,8 @@ INSTANCES = {
     "moe_sums": 2,
     "quantize_fp8": 6,
     "quantize_nvfp4": 9,
-    "ssd_update": 18,
+    "ssd_replay": 30,
+    "ssd_update": 30,
 }
 
 
@@ -101,12 +103,34 @@ def functions(cubin: Path) -> dict[str, str]:
 def test_ssd_update_moves_the_state_16_bytes_at_a_time(compiled):
     found = functions(compiled["ssd_update"][0])
     vector = {name: body for name, body in found.items() if "Lb1E" in name}
-    assert len(vector) == 9
+    assert len(vector) == 15
     for name, body in vector.items():
         # Two rows of 16 elements a lane; staging loads B and C 16 bytes at a time besides.
-        state = 4 if re.search(r"(half|bfloat16|S1_)Lb1E", name) else 8
-        assert len(re.findall(r"LDG\.E\.128", body)) >= state + 2, name
-        assert len(re.findall(r"STG\.E\.128", body)) == state, name
+        assert len(re.findall(r"LDG\.E\.128", body)) >= vectors_of_state(name) + 2, name
+        assert len(re.findall(r"STG\.E\.128", body)) == vectors_of_state(name), name
+
+
+def vectors_of_state(kernel: str) -> int:
+    """16-byte accesses to the state of a lane, by the mangled name."""
+    if re.search(r"(half|bfloat16|S1_)Lb1E", kernel):
+        return 4
+    return 2 if re.search(r"(e4m3E|I.*a)Lb1E", kernel) else 8
+
+
+def test_ssd_replay_stores_the_state_in_one_place_and_keeps_four_blocks_on_a_multiprocessor(
+    compiled,
+):
+    """16-byte accesses, all loads of the state before the first barrier; the second fold shares the code of the
+    first."""
+    log = compiled["ssd_replay"][1]
+    used = dict(re.findall(r"entry function '(\w+)'(?:.|\n)*?Used (\d+) registers", log))
+    assert {k: int(r) for k, r in used.items() if "Lb1E" in k and int(r) > 128} == {}
+    for name, body in functions(compiled["ssd_replay"][0]).items():
+        if "Lb1E" not in name:
+            continue
+        before, *_ = body.split("BAR.SYNC")
+        assert len(re.findall(r"LDG\.E\.128", before)) >= vectors_of_state(name), name
+        assert len(re.findall(r"STG\.E\.128", body)) == vectors_of_state(name), name
 
 
 def test_quantizers_keep_their_blocks_on_a_multiprocessor(compiled):
@@ -190,6 +214,8 @@ def nvrtc() -> ctypes.CDLL | None:
     [
         mamba2.plan_ssd_update(1, 1, 1, 64, 128, "bf16", "f32", True),
         mamba2.plan_conv1d_update(1, 64, "f16", "bf16"),
+        replay.plan_ssd_replay(1, 4, 1, 64, 128, 16, False, "bf16", "e4m3", True),
+        replay.plan_conv1d_replay(1, 64, "f16"),
         quantize.plan_amax(64, 64, "bf16"),
         quantize.plan_quantize_nvfp4(64, 64, "bf16", quantize.FOUR_OVER_SIX),
         quantize.plan_quantize_fp8(64, 64, "f16", True),
