@@ -20,6 +20,7 @@ INSTANCES = {
     "amax": 3,
     "conv1d_update": 9,
     "dequantize": 9,
+    "logit_stats": 6,
     "moe_route": 5,
     "moe_route_backward": 1,
     "moe_sort": 3,
@@ -27,6 +28,8 @@ INSTANCES = {
     "quantize_fp8": 6,
     "quantize_nvfp4": 9,
     "ssd_update": 18,
+    "verify_draft": 7,
+    "verify_tree": 2,
 }
 
 
