@@ -28,6 +28,7 @@ CHUNK = 8192  # vocabulary entries a block: 4 accesses of 16 bytes a thread in b
 BLOCK = 256
 CUT_BLOCK = 512
 BINS = 2048
+CASE = 2560  # bytes of struct Case in csrc/verify_draft.cu
 TOKEN, BLOCK_RULE, STRICT, GREEDY, MIXED = 0, 1, 2, 3, -1
 
 
@@ -54,22 +55,22 @@ def plan_sampling(
     if tree:
         plans["tree_links"] = plan_tree_links(b)
     if rejects or filters:
-        add("logit_stats.cu", "logit_stats", rows * splits, BLOCK, 0)
+        add("logit_stats.cu", "logit_stats", rows * splits, BLOCK, 8 * 32)
     if filters:
         add("logit_stats.cu", "logit_cuts", rows, CUT_BLOCK, 12 * BINS + 1024)
     if rule in (BLOCK_RULE, MIXED) and drafts > 1:
-        add("verify_draft.cu", "block_masses", b * (drafts - 1) * splits, BLOCK, 0)
-    add("verify_draft.cu", "draw_tokens", b * slots * splits, BLOCK, 0)
+        add("verify_draft.cu", "block_masses", b * (drafts - 1) * splits, BLOCK, CASE)
+    add("verify_draft.cu", "draw_tokens", b * slots * splits, BLOCK, CASE)
     if tree:
-        add("verify_tree.cu", "tree_walk", b, 32 * slots, 0, typed=False)
+        add("verify_tree.cu", "tree_walk", b, 32 * slots, 4 * slots, typed=False)
     else:
-        add("verify_draft.cu", "emit_tokens", b, 32 * slots, 0, typed=False)
+        add("verify_draft.cu", "emit_tokens", b, 32 * slots, 4 * slots, typed=False)
     return plans
 
 
 def plan_tree_links(b: int) -> Launch:
     """The launch of ``tree_links``: a warp a tree."""
-    return Launch("verify_tree.cu", "tigon::tree_links", (b, 1), 32, 0)
+    return Launch("verify_tree.cu", "tigon::tree_links", (b, 1), 32, 16 * 32)
 
 
 def _io(sizes: dict[str, int]) -> str:
@@ -113,6 +114,13 @@ def _workspace(device: torch.device, *sizes: int) -> list[int]:
     return [*(start + end if size else 0 for end, size in zip(ends, sizes)), memory]
 
 
+def _strides(logits: Tensor | None) -> tuple[int, int]:
+    """Of rows and positions; one that is never taken is 0."""
+    if logits is None:
+        return 0, 0
+    return tuple(s if n > 1 else 0 for n, s in zip(logits.shape[:2], logits.stride()[:2]))
+
+
 def _launch(
     target: Tensor,
     draft: Tensor | None,
@@ -147,10 +155,10 @@ def _launch(
         4 * b * slots if tree else 0,
         4 * b * slots if tree else 0,
     )
-    size = target.element_size()
-    offsets = target.data_ptr() | (target.stride(0) | target.stride(1)) * size
-    if draft is not None:
-        offsets |= draft.data_ptr() | (draft.stride(0) | draft.stride(1)) * size
+    target_strides, draft_strides = _strides(target), _strides(draft)
+    offsets = target.data_ptr() | pointer(draft)
+    for stride in (*target_strides, *draft_strides):
+        offsets |= stride * target.element_size()
     first, sibling = tree or (None, None)
     arguments = SAMPLING.pack(
         target.data_ptr(),
@@ -160,8 +168,8 @@ def _launch(
         pointer(first),
         pointer(sibling),
         *(pointer(t) for t in outputs),
-        *target.stride()[:2],
-        *((0, 0) if draft is None else draft.stride()[:2]),
+        *target_strides,
+        *draft_strides,
         0 if tokens is None else tokens.stride(0),
         0 if first is None else first.stride(0),
         0 if sibling is None else sibling.stride(0),

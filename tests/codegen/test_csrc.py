@@ -21,6 +21,7 @@ INSTANCES = {
     "conv1d_replay": 3,
     "conv1d_update": 9,
     "dequantize": 9,
+    "logit_stats": 6,
     "moe_route": 5,
     "moe_route_backward": 1,
     "moe_sort": 3,
@@ -29,6 +30,8 @@ INSTANCES = {
     "quantize_nvfp4": 9,
     "ssd_replay": 30,
     "ssd_update": 30,
+    "verify_draft": 7,
+    "verify_tree": 2,
 }
 
 

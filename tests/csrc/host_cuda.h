@@ -173,6 +173,9 @@ inline int atomicMax(int* place, int value) {
 inline int atomicAdd(int* place, int value) {
     return __atomic_fetch_add(place, value, __ATOMIC_RELAXED);
 }
+inline unsigned atomicAdd(unsigned* place, unsigned value) {
+    return __atomic_fetch_add(place, value, __ATOMIC_RELAXED);
+}
 inline unsigned atomicOr(unsigned* place, unsigned value) {
     return __atomic_fetch_or(place, value, __ATOMIC_RELAXED);
 }
