@@ -15,6 +15,7 @@ from tigon.generation.graphs import StepGraphs
 from tigon.generation.report import Clock, Report
 from tigon.generation.sampling import RULES, Sampling
 from tigon.generation.tree import DraftTree
+from tigon.native.mamba2 import replay_flush
 from tigon.ops.dispatch import is_batch_invariant
 
 AUTO_MOST = 6  # drafts a step that "auto" tries
@@ -166,8 +167,7 @@ class _Run:
         self.per_row = per_row
         self.device = decoder.cache.lengths.device
         self.slots = self.last = torch.empty(0, dtype=torch.int64, device=self.device)
-        steps = StepGraphs(decoder) if self.device.type == "cuda" else decoder
-        self.advance = steps.step
+        self.advance = _steps(decoder).step
         prompt_tokens = sum(p.numel() for p in prompts)
         self.report = Report(prompt_tokens=prompt_tokens)
 
@@ -252,6 +252,11 @@ class _Run:
         self.slots, self.last = self.slots[index], self.last[index]
 
 
+def _steps(decoder: Decoder) -> "Decoder | StepGraphs":
+    """What makes the steps: graphs where there are any."""
+    return StepGraphs(decoder) if decoder.cache.lengths.is_cuda else decoder
+
+
 def _prompts(prompts, device) -> list[Tensor]:
     rows = list(prompts)
     if not rows:
@@ -331,8 +336,6 @@ def _seeds(seed, rows: int, device) -> Tensor:
 
 def _plain_or_replay(model, slots: int, ssm_dtype: torch.dtype | None) -> dict:
     """Without drafts, whether states are rewritten at every token: what the launch table says."""
-    from tigon.native.mamba2 import replay_flush
-
     c = model.config
     size = (ssm_dtype or getattr(torch, c.mamba_ssm_cache_dtype)).itemsize
     flush = replay_flush(slots, 1, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size, size)
