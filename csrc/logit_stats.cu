@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(256) logit_stats(const Sampling a) {
         float most = x[0];
 #pragma unroll
         for (int i = 1; i < kVector<Io>; ++i) most = max_nan(most, x[i]);
-        if (!(most <= mine.max)) {  // a NaN becomes the maximum for good
+        if (!(most <= mine.max) && mine.max == mine.max) {  // a NaN is the maximum for good
             if (mine.max > -INFINITY) mine.sum *= exp2f(scale * (mine.max - most));
             mine.max = most;
         }

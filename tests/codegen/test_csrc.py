@@ -12,7 +12,7 @@ import host_build
 import pytest
 
 from tigon import native
-from tigon.native import mamba2, moe, quantize, replay
+from tigon.native import mamba2, moe, quantize, replay, sampling
 
 ARCHS = ["80", "90a", "100a", "120a"]
 SOURCES = host_build.KERNELS
@@ -32,6 +32,13 @@ INSTANCES = {
     "ssd_update": 30,
     "verify_draft": 7,
     "verify_tree": 2,
+}
+
+
+# Every kernel of sampling: blocks of drafts, cut to top-k, and a tree.
+SAMPLING = {
+    **sampling.plan_sampling(2, 3, 2, 9000, "bf16", sampling.BLOCK_RULE, True, True, False),
+    **sampling.plan_sampling(2, 3, 0, 9000, "bf16", sampling.STRICT, False, True, True),
 }
 
 
@@ -197,6 +204,21 @@ def test_moe_route_keeps_two_blocks_on_a_multiprocessor(compiled):
         assert max(part.count("LDG.E ") for part in body.split("MUFU.EX2")) >= items, name
 
 
+def test_sampling_reads_logits_16_bytes_at_a_time_and_keeps_its_blocks(compiled):
+    """Four loads on their way in the pass over everything, two of each side where masses are summed; registers for four
+    blocks of 256 threads there (three for masses, two for draws, which compute more than they read)."""
+    for stem in ("logit_stats", "verify_draft"):
+        cubin, log = compiled[stem]
+        used = dict(re.findall(r"entry function '(\w+)'(?:.|\n)*?Used (\d+) registers", log))
+        most = {"logit_stats": 64, "logit_cuts": 64, "block_masses": 80, "draw_tokens": 128}
+        for name, registers in used.items():
+            kernel = next((k for k in most if k in name), None)
+            assert kernel is None or int(registers) <= most[kernel], name
+        for name, body in functions(cubin).items():
+            loads = next((n for k, n in (("logit_stats", 4), ("block_masses", 4)) if k in name), 0)
+            assert len(re.findall(r"LDG\.E\.128", body)) >= loads, name
+
+
 def nvrtc() -> ctypes.CDLL | None:
     """The library of the nvidia-cuda-nvrtc wheel (torch's CUDA builds bring it) or of a toolkit."""
     wheels = [Path(folder) / "nvidia" for folder in sys.path]
@@ -227,8 +249,9 @@ def nvrtc() -> ctypes.CDLL | None:
         moe.plan_sort(4, 512),
         moe.plan_sums(4, 512),
         moe.plan_backward(64, 512),
+        *SAMPLING.values(),
     ],
-    ids=lambda plan: plan.source,
+    ids=lambda plan: plan.kernel,
 )
 def test_nvrtc_compiles_the_instance_that_is_named(plan, arch):
     """As CuPy does at run time: same text, same name; no GPU is needed for that."""

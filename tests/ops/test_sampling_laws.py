@@ -180,12 +180,12 @@ def test_a_tree_walked_by_the_targets_own_draws_has_the_targets_law():
 V8 = 8
 
 
-def outcome_counts(rule: str, n: int, K: int = 2, shared: bool = False, **options):
+def outcome_counts(rule: str, n: int, K: int = 2, **options):
     """Counts of the first two tokens over n requests, and the target's law; contexts change both sides."""
     g = torch.Generator().manual_seed(5)
     targets = 1.5 * torch.randn(1 + V8, V8, generator=g)
     drafts = 1.5 * torch.randn(1 + V8, V8, generator=g)
-    return verified(targets, drafts, rule, n, K, shared=shared, **options)
+    return verified(targets, drafts, rule, n, K, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 6, "top_p": 0.9}], ids=str)

@@ -11,7 +11,7 @@ def guarded(t: Tensor | None, margin: int = 64) -> Tensor | None:
     """
     if t is None:
         return None
-    poison = float("nan") if t.is_floating_point() else 2**30
+    poison = float("nan") if t.is_floating_point() else min(2**30, torch.iinfo(t.dtype).max)
     buffer = torch.full((t.numel() + 2 * margin,), poison, dtype=t.dtype, device=t.device)
     copy = buffer[margin : margin + t.numel()].view(t.shape)
     copy.copy_(t)
