@@ -460,3 +460,48 @@ def test_8_bit_states_hold_zeros_exactly_and_spread_nan_over_a_row_only(dtype, s
     rest[1, 2] = rest[1, 0] = False
     unit = {torch.int8: 1 / 127, E4M3: 1 / 16}[dtype]
     assert (back - S)[0][rest].abs().max() <= unit * S[0][rest].abs().max()
+
+
+def test_a_step_compiles_as_one_graph():
+    """Both ops, the tree's commit and the cursor's move, on fake tensors first: nothing reads a value."""
+    seqs = sequences(dtype=torch.float32)
+    eager, traced = (Decoder(seqs, [0, 2], state=torch.int8) for _ in range(2))
+    for decoder in (eager, traced):
+        for ring in decoder.cache.tensors():
+            ring.zero_()
+    t = {k: v[:, :3].contiguous() for k, v in seqs.tokens.items()}
+    bits, path = tree_bits([-1, 0, 0], 2), torch.tensor([[2], [-1]], dtype=torch.int32)
+    count = torch.tensor([2, 1])
+
+    def step(state, scale, cache, cursor, index):
+        where = {"state_indices": index, "replay": (cache, cursor), "ancestors": bits}
+        v = tigon.causal_conv1d_update(t["u"], None, seqs.weight, **where)
+        y = tigon.ssd_update(
+            state, t["x"], t["dt"], seqs.A, t["B"], t["C"], state_scale=scale, **where
+        )
+        replay_commit(cache, cursor, index, path, count)
+        replay_advance(cursor, index, count)
+        return y, v
+
+    outs = []
+    for decoder, run in (
+        (eager, step),
+        (traced, torch.compile(step, fullgraph=True, backend="aot_eager")),
+    ):
+        given = (decoder.state, decoder.scale, decoder.cache, decoder.cursor, decoder.indices)
+        outs.append(run(*given))
+    assert all(map(torch.equal, *outs))
+    assert all(map(torch.equal, snapshot(eager), snapshot(traced)))
+    assert eager.cursor.length.tolist() == [2, 0, 1]
+
+
+def test_rings_that_are_strided_inside_a_slot_are_refused():
+    s, cursor = sequences(dtype=torch.float32), ReplayCursor.allocate(3, 4)
+    t = {k: v[:, :2] for k, v in s.tokens.items()}
+    cache = small()
+    cache.B = cache.B.transpose(2, 3).contiguous().transpose(2, 3)
+    with pytest.raises(ValueError, match=r"cache\.B must be contiguous inside a slot"):
+        tigon.ssd_update(
+            *(torch.zeros(3, 4, 3, 8), t["x"], t["dt"], s.A, t["B"], t["C"]),
+            replay=(cache, cursor),
+        )
