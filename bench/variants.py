@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         "nvfp4": {"format": "nvfp4"},
         "fp8": {"format": "fp8-row"},
     },
+    "ssd_token_scores": {"plain": {}, "decay": {"decay": True}},
 }
 
 

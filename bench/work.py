@@ -16,6 +16,10 @@ and backward together.
     grouped_mm    FLOPs 2 rows N K; bytes: rows in and out, the matrices that rows go to
     moe_experts   FLOPs 4 T K M L (6 with a gate), twice that in backward and the first product where it is done again;
                   bytes: x and y, the matrices of experts that tokens choose (uniformly), what is kept, all gradients
+    *_token_scores  FLOPs 2 nq nk times all heads' widths (attention: twice, for the rows' log-sum-exp), 4 a weight;
+                  bytes: the queries' and keys' rows once, the scores
+    select_tokens   bytes: scores once, the index and its inverse
+    compact_tokens  bytes: kept rows in and out; backward: kept rows in, all rows out
 """
 
 from collections.abc import Callable, Mapping
@@ -158,6 +162,30 @@ def moe_experts(
     return forward, Work(moved, 2 * flops + (save == "nothing") * product)
 
 
+def attention_token_scores(
+    itemsize: int, nq: int, nk: int, hq: int, hkv: int, dim: int
+) -> tuple[Work]:
+    moved = itemsize * dim * (nq * hq + nk * hkv) + 4 * (nq + 2 * nk)
+    return (Work(moved, nq * nk * hq * (4 * dim + 8)),)
+
+
+def ssd_token_scores(
+    itemsize: int, choice: dict, nq: int, nk: int, h: int, g: int, n: int
+) -> tuple[Work]:
+    weights = h if choice.get("decay") else g
+    moved = itemsize * n * g * (nq + nk) + 4 * (nk * h + nq + 2 * nk)
+    return (Work(moved, nq * nk * (2 * n * g + 4 * weights)),)
+
+
+def select_tokens(itemsize: int, t: int, s: int, keep: int) -> tuple[Work]:
+    return (Work(itemsize * t + 4 * (t + s * (keep + 2)), 4 * t),)
+
+
+def compact_tokens(itemsize: int, t: int, d: int, kept: int) -> tuple[Work, Work]:
+    forward = Work(2 * kept * (2 * d * itemsize + 8) + 4 * kept, 0)
+    return forward, Work(2 * d * itemsize * (kept + t) + 4 * t, 0)
+
+
 COUNTERS: dict[str, Callable[..., tuple[Work, ...]]] = {
     count.__name__: count
     for count in (
@@ -176,6 +204,10 @@ COUNTERS: dict[str, Callable[..., tuple[Work, ...]]] = {
         moe_sort,
         grouped_mm,
         moe_experts,
+        attention_token_scores,
+        ssd_token_scores,
+        select_tokens,
+        compact_tokens,
     )
 }
 

@@ -22,20 +22,23 @@ using KernelTable = std::vector<Kernel>;
 KernelTable amax_kernels();
 KernelTable conv1d_update_kernels();
 KernelTable dequantize_kernels();
+KernelTable gather_rows_kernels();
 KernelTable moe_route_backward_kernels();
 KernelTable moe_route_kernels();
 KernelTable moe_sort_kernels();
 KernelTable moe_sums_kernels();
 KernelTable quantize_fp8_kernels();
 KernelTable quantize_nvfp4_kernels();
+KernelTable select_tokens_kernels();
 KernelTable ssd_update_kernels();
 
 inline KernelTable all_kernels() {
     KernelTable all;
     for (const KernelTable& part :
-         {amax_kernels(), conv1d_update_kernels(), dequantize_kernels(),
+         {amax_kernels(), conv1d_update_kernels(), dequantize_kernels(), gather_rows_kernels(),
           moe_route_backward_kernels(), moe_route_kernels(), moe_sort_kernels(), moe_sums_kernels(),
-          quantize_fp8_kernels(), quantize_nvfp4_kernels(), ssd_update_kernels()})
+          quantize_fp8_kernels(), quantize_nvfp4_kernels(), select_tokens_kernels(),
+          ssd_update_kernels()})
         all.insert(all.end(), part.begin(), part.end());
     return all;
 }

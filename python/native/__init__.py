@@ -1,11 +1,11 @@
 """The CUDA C++ kernels of csrc/: found, planned, packed and launched.
 
-``loader`` finds a way to them, ``mamba2``, ``quantize`` and ``moe`` hold a launcher for each kernel.
+``loader`` finds a way to them, ``mamba2``, ``quantize``, ``moe`` and ``tokens`` hold a launcher for each kernel.
 
 Importing this package needs the standard library only, so that ``tigon doctor`` works without torch.
 """
 
-from tigon.native import mamba2, moe, quantize
+from tigon.native import mamba2, moe, quantize, tokens
 from tigon.native.loader import (
     Extension,
     HostLibrary,
@@ -23,8 +23,9 @@ from tigon.native.loader import (
 from tigon.native.mamba2 import conv1d_update, ssd_update
 from tigon.native.moe import moe_route, moe_route_backward, moe_sort
 from tigon.native.quantize import dequantize, quantize_fp8, quantize_mxfp8, quantize_nvfp4
+from tigon.native.tokens import gather_rows, select_tokens
 
-PLANS = mamba2.PLANS | quantize.PLANS | moe.PLANS
+PLANS = mamba2.PLANS | quantize.PLANS | moe.PLANS | tokens.PLANS
 
 __all__ = [
     "Extension",
@@ -36,6 +37,7 @@ __all__ = [
     "conv1d_update",
     "cuda_headers",
     "dequantize",
+    "gather_rows",
     "host_missing",
     "load",
     "moe_route",
@@ -45,6 +47,7 @@ __all__ = [
     "quantize_fp8",
     "quantize_mxfp8",
     "quantize_nvfp4",
+    "select_tokens",
     "sources",
     "ssd_update",
     "status",

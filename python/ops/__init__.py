@@ -15,7 +15,10 @@ from tigon.ops.quantize import (
 )
 from tigon.ops.quantized import FP8Tensor, MXFP8Tensor, NVFP4Tensor
 from tigon.ops.routing import Routing
+from tigon.ops.select_tokens import Selection, compact_tokens, select_tokens
 from tigon.ops.ssd import ssd_scan, ssd_update
+from tigon.ops.token_scores import attention_token_scores, ssd_token_scores
+from tigon.ops.video_tokens import frame_difference_mask, video_redundancy_mask
 
 __all__ = [
     "FP8Tensor",
@@ -24,12 +27,16 @@ __all__ = [
     "NVFP4Tensor",
     "RMSNorm",
     "Routing",
+    "Selection",
+    "attention_token_scores",
     "backend",
     "batch_invariant",
     "causal_conv1d",
     "causal_conv1d_update",
+    "compact_tokens",
     "dequantize",
     "explain",
+    "frame_difference_mask",
     "gated_rms_norm",
     "grouped_mm",
     "moe_experts",
@@ -40,6 +47,9 @@ __all__ = [
     "quantize_nvfp4",
     "rms_norm",
     "scaled_mm",
+    "select_tokens",
     "ssd_scan",
+    "ssd_token_scores",
     "ssd_update",
+    "video_redundancy_mask",
 ]

@@ -12,7 +12,7 @@ import host_build
 import pytest
 
 from tigon import native
-from tigon.native import mamba2, moe, quantize
+from tigon.native import mamba2, moe, quantize, tokens
 
 ARCHS = ["80", "90a", "100a", "120a"]
 SOURCES = host_build.KERNELS
@@ -20,12 +20,14 @@ INSTANCES = {
     "amax": 3,
     "conv1d_update": 9,
     "dequantize": 9,
+    "gather_rows": 1,
     "moe_route": 5,
     "moe_route_backward": 1,
     "moe_sort": 3,
     "moe_sums": 2,
     "quantize_fp8": 6,
     "quantize_nvfp4": 9,
+    "select_tokens": 2,
     "ssd_update": 18,
 }
 
@@ -170,6 +172,12 @@ def test_moe_route_keeps_two_blocks_on_a_multiprocessor(compiled):
         assert max(part.count("LDG.E ") for part in body.split("MUFU.EX2")) >= items, name
 
 
+def test_rows_are_moved_16_bytes_at_a_time(compiled):
+    """Four loads on their way before the first store, where rows allow."""
+    (body,) = functions(compiled["gather_rows"][0]).values()
+    assert max(part.count("LDG.E.128") for part in body.split("STG")) >= 4
+
+
 def nvrtc() -> ctypes.CDLL | None:
     """The library of the nvidia-cuda-nvrtc wheel (torch's CUDA builds bring it) or of a toolkit."""
     wheels = [Path(folder) / "nvidia" for folder in sys.path]
@@ -198,6 +206,8 @@ def nvrtc() -> ctypes.CDLL | None:
         moe.plan_sort(4, 512),
         moe.plan_sums(4, 512),
         moe.plan_backward(64, 512),
+        tokens.plan_select_tokens(4096, 2)[0],
+        tokens.plan_gather_rows(64, ((8192, 16),)),
     ],
     ids=lambda plan: plan.source,
 )
