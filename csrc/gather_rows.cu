@@ -11,6 +11,7 @@
 namespace tigon {
 
 constexpr int kTensors = 8;  // python/native/tokens.py has the same
+constexpr int kFlight = 4;
 
 struct GatherItem {
     const char* from;
@@ -33,8 +34,18 @@ __device__ __forceinline__ void move(const GatherItem& item, const char* from, c
     const int64 count = item.row_bytes / int64(sizeof(Unit));
     const Unit* source = reinterpret_cast<const Unit*>(from);
     Unit* target = reinterpret_cast<Unit*>(to);
-#pragma unroll 4
-    for (int64 i = lane; i < count; i += item.lanes) target[i] = from ? source[i] : fill;
+#pragma unroll 1
+    for (int64 i = lane; i < count; i += kFlight * item.lanes) {
+        Unit value[kFlight];  // loads on their way together
+#pragma unroll
+        for (int u = 0; u < kFlight; ++u) {
+            const int64 at = i + u * item.lanes;
+            value[u] = from && at < count ? source[at] : fill;
+        }
+#pragma unroll
+        for (int u = 0; u < kFlight; ++u)
+            if (i + u * item.lanes < count) target[i + u * item.lanes] = value[u];
+    }
 }
 
 __global__ void __launch_bounds__(256) gather_rows(const GatherRows a) {

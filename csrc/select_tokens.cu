@@ -45,6 +45,23 @@ __device__ __forceinline__ unsigned token_key(const float* scores, const uint8* 
     return key_of(score == 0.0f ? 0.0f : score);
 }
 
+// Tells `body` the keys of tokens start, start + step, ... below last; four loads are on their way
+// together.
+template <typename Body>
+__device__ __forceinline__ void each_key(const float* scores, const uint8* is_protected, int start,
+                                         int last, int step, Body body) {
+#pragma unroll 1
+    for (int i = start; i < last; i += 4 * step) {
+        unsigned key[4];
+#pragma unroll
+        for (int u = 0; u < 4; ++u)
+            key[u] = i + u * step < last ? token_key(scores, is_protected, i + u * step) : 0;
+#pragma unroll
+        for (int u = 0; u < 4; ++u)
+            if (i + u * step < last) body(key[u]);
+    }
+}
+
 struct SelectThreshold {
     const float* scores;
     const uint8* is_protected;  // may be null
@@ -113,10 +130,11 @@ __global__ void __launch_bounds__(1024) select_threshold(const SelectThreshold a
             __syncthreads();
             for (int i = threadIdx.x; i < kDigits; i += blockDim.x) memory.digits[i] = 0;
             __syncthreads();
-            for (int i = first + threadIdx.x; i < last; i += blockDim.x) {
-                const unsigned own = token_key(a.scores, a.is_protected, i);
-                if ((own & mask) == key) atomicAdd(memory.digits + (own >> shift & digit), 1);
-            }
+            each_key(a.scores, a.is_protected, first + threadIdx.x, last, blockDim.x,
+                     [&](unsigned own) {
+                         if ((own & mask) == key)
+                             atomicAdd(memory.digits + (own >> shift & digit), 1);
+                     });
             __syncthreads();
             find_digit(memory, wanted);
             key |= unsigned(memory.found[0]) << shift;
@@ -132,11 +150,10 @@ __global__ void __launch_bounds__(1024) select_threshold(const SelectThreshold a
     for (int c = warp; c < chunks; c += warps) {
         const int begin = first + c * kChunk, end = min(begin + kChunk, last);
         int above = 0, equal = 0;
-        for (int i = begin + lane_of_warp(); i < end; i += 32) {
-            const unsigned own = token_key(a.scores, a.is_protected, i);
+        each_key(a.scores, a.is_protected, begin + lane_of_warp(), end, 32, [&](unsigned own) {
             above += own > key;
             equal += own == key;
-        }
+        });
         above = __reduce_add_sync(kWholeWarp, above);
         equal = __reduce_add_sync(kWholeWarp, equal);
         if (lane_of_warp() == 0) {

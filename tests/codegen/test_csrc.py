@@ -178,6 +178,14 @@ def test_rows_are_moved_16_bytes_at_a_time(compiled):
     assert max(part.count("LDG.E.128") for part in body.split("STG")) >= 4
 
 
+def test_selection_has_four_loads_in_flight(compiled):
+    """A block has a sequence for itself: what it waits for is latency."""
+    (body,) = (
+        b for name, b in functions(compiled["select_tokens"][0]).items() if "threshold" in name
+    )
+    assert max(part.count("LDG.E ") for part in body.split("ATOMS")[1:]) >= 4
+
+
 def nvrtc() -> ctypes.CDLL | None:
     """The library of the nvidia-cuda-nvrtc wheel (torch's CUDA builds bring it) or of a toolkit."""
     wheels = [Path(folder) / "nvidia" for folder in sys.path]
