@@ -286,7 +286,7 @@ def ssd_scores(
                         steps += tl.sum(step, 0)
                     else:
                         steps = larger(steps, tl.reduce(step, 0, larger))
-                weight = products * steps[None, :]
+                weight = products * tl.where(key_real, steps, 0.0)[None, :]
                 if HEAD_MEAN:
                     heads += weight
                 else:

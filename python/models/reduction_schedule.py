@@ -12,8 +12,9 @@ share that the last layer keeps:
 
 Two numbers say how much is removed, and they are far apart: the *final* share e, and the *average* of r_l over the
 layers, which is what prefill costs. A ramp that removes ever faster (power with gamma >= 1, linear, cosine) has an
-average of at least one half, whatever e is. So an average of 1/4 needs early removal (stages, fastv, a gamma below 1),
-and a final share of 1/4 does not make prefill four times faster.
+average of at least one half, whatever e is. So an average of 1/4 needs early removal (many stages, fastv, a gamma below
+1), and a final share of 1/4 does not make prefill four times faster. A solved-for average leaves the last layer a thousandth
+at least.
 
 Only a mixer (Mamba-2, attention) has scores to choose by: where layer l - 1 is an MLP or a mixture of experts, layer l
 keeps what layer l - 1 had. The first layer always runs on all tokens.
@@ -32,6 +33,7 @@ KINDS = ("power", "linear", "cosine", "stages", "pyramid", "fastv")
 MIXERS = "M*"
 CHUNK = 64  # tokens of a chunk of the scan, for its FLOPs
 GAMMAS = (2.0**-12, 2.0**12)
+LEAST = 0.001  # share that a solved-for average leaves the last layer; `final` may ask for less
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class ReductionPlan:
     def __str__(self) -> str:
         text = f"layer-average {self.average:.3f}, final {self.final:.3f}"
         if self.layers:
-            text += f"; {self.full_flops / max(1, self.flops):.2f}x fewer FLOPs in the layers' prefill"
+            text += (
+                f"; {self.full_flops / max(1, self.flops):.2f}x fewer FLOPs in the layers' prefill"
+            )
         return text
 
 
@@ -150,7 +154,9 @@ class ReductionSchedule:
         if config is None or visual is None:
             return ReductionPlan(shares)
         if visual < 0 or text < 0:
-            raise ValueError(f"ReductionSchedule: visual={visual} and text={text} must be 0 or more")
+            raise ValueError(
+                f"ReductionSchedule: visual={visual} and text={text} must be 0 or more"
+            )
         rows, kept = [], visual
         for kind, share in zip(pattern, shares, strict=True):
             wanted = math.ceil(share * visual - 1e-9)
@@ -203,10 +209,11 @@ class ReductionSchedule:
         def shares(final: float) -> tuple[float, ...]:
             return self._shares(pattern, final, gamma)
 
-        low, high = measure(shares(0.0)), measure(shares(1.0))
+        least = LEAST if name == "average" else 0.0
+        low, high = measure(shares(least)), measure(shares(1.0))
         if not low - 1e-9 <= wanted <= high + 1e-9:
             self._refuse(pattern, f"{name}={wanted:g}", name, low, high)
-        return shares(_bisect(lambda final: measure(shares(final)) >= wanted, 0.0, 1.0))
+        return shares(_bisect(lambda final: measure(shares(final)) >= wanted, least, 1.0))
 
     def _search_gamma(self, pattern: str) -> tuple[float, ...]:
         """The shares of a power ramp to `final` whose average is `average`; it rises with gamma."""
@@ -223,6 +230,8 @@ class ReductionSchedule:
 
     def _refuse(self, pattern: str, asked: str, name: str, low: float, high: float) -> None:
         hint = ""
+        if name == "average" and self.kind == "stages":
+            hint = "; more stages remove earlier"
         if name == "average" and self.kind in ("power", "linear", "cosine") and self.final is None:
             hint = (
                 "; a ramp that removes ever faster averages at least 0.5: a lower average needs early removal "

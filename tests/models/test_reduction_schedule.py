@@ -55,12 +55,21 @@ def test_a_quarter_on_average_is_refused_to_such_a_ramp_and_the_way_out_is_named
 
 def test_early_removal_reaches_a_quarter():
     for schedule in (
-        ReductionSchedule("stages", average=0.25),
+        ReductionSchedule("stages", average=0.25, stages=8),
         ReductionSchedule("fastv", average=0.25),
         ReductionSchedule("power", average=0.25, gamma=0.1),
         ReductionSchedule("power", average=0.25, final=0.2),
     ):
         assert schedule.plan(52).average == pytest.approx(0.25, abs=1e-6)
+
+
+def test_an_average_does_not_leave_the_last_layer_empty():
+    """Four stages whose first keeps all would meet a quarter only with nothing in the other three."""
+    with pytest.raises(
+        ValueError, match=r"average can be 0.278 to 1.000; more stages remove earlier"
+    ):
+        ReductionSchedule("stages", average=0.25).plan(52)
+    assert ReductionSchedule("stages", final=0.0).plan(52).final == 0.0
 
 
 def test_a_final_quarter_is_no_quarter_of_the_work():
@@ -92,7 +101,7 @@ def test_the_last_mixer_decides_what_the_end_can_be():
 
 def test_kept_tokens_are_rounded_up_and_never_more_than_before():
     config = preset("nemotron-nano-2-9b")
-    plan = ReductionSchedule("stages", average=0.3, multiple=64).plan(config, visual=1000, text=7)
+    plan = ReductionSchedule("stages", average=0.4, multiple=64).plan(config, visual=1000, text=7)
     assert plan.layers[0].visual == 1000 and plan.layers[0].tokens == 1007
     for before, after in pairwise(plan.layers):
         assert after.visual <= before.visual
