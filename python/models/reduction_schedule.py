@@ -13,8 +13,8 @@ share that the last layer keeps:
 Two numbers say how much is removed, and they are far apart: the *final* share e, and the *average* of r_l over the
 layers, which is what prefill costs. A ramp that removes ever faster (power with gamma >= 1, linear, cosine) has an
 average of at least one half, whatever e is. So an average of 1/4 needs early removal (many stages, fastv, a gamma below
-1), and a final share of 1/4 does not make prefill four times faster. A solved-for average leaves the last layer a thousandth
-at least.
+1), and a final share of 1/4 does not make prefill four times faster. A solved-for average leaves the last
+layer a thousandth at least.
 
 Only a mixer (Mamba-2, attention) has scores to choose by: where layer l - 1 is an MLP or a mixture of experts, layer l
 keeps what layer l - 1 had. The first layer always runs on all tokens.

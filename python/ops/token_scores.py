@@ -176,7 +176,7 @@ def ssd_token_scores(
     head_reduce: Reduction = "mean",
     query_reduce: Reduction = "mean",
 ) -> Tensor:
-    """score_v = reduce over queries t of reduce over heads h of |C_t . B_v| dt[v,h] (times the decay from v to t).
+    """score_v = reduce over queries t of reduce over heads h of abs(C_t . B_v) dt[v,h], with `decay` times that to t.
 
     Args:
         C, B: (t,g,n) fp32, bf16 or fp16 (fp64 on the reference), after the convolution; tokens strided at will, n up to

@@ -7,7 +7,7 @@ from tigon.models.presets import preset
 
 def test_the_plan_names_both_numbers_and_every_layer(tigon_command):
     code, out = tigon_command(
-        "reduction", "nemotron-nano-2-9b", "--kind", "stages", "--average", "0.25"
+        "reduction", "nemotron-nano-2-9b", "--kind", "fastv", "--average", "0.25"
     )
     assert code == 0
     lines = out.splitlines()
