@@ -61,6 +61,13 @@ def test_keep_may_be_anything(kernels):
     assert check_selection(moved(case, kernels))[1].tolist() == [0, 0, 60, 130]
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_zeros_of_either_sign_tie(kernels, keep):
+    case = selection([4]) | dict(keep=torch.tensor([keep]), capacity=keep)
+    case["scores"] = torch.tensor([-0.0, 0.0, -0.0, 0.0])
+    assert check_selection(moved(case, kernels))[0].tolist() == list(range(keep))
+
+
 @pytest.mark.parametrize("capacity", [0, 1, 40, 99])
 def test_a_capacity_that_is_too_small_cuts_the_end(kernels, capacity):
     case = selection([100, 200, 300], keep=0.5, protect=0.1) | dict(capacity=capacity)
