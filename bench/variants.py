@@ -71,6 +71,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         "token-top-k-p": {"rule": "token", "draft_logits": True, "top_k": 50, "top_p": 0.9},
     },
     "verify_tree": {"strict": {"rule": "strict"}, "greedy": {"rule": "greedy"}},
+    "ssd_token_scores": {"plain": {}, "decay": {"decay": True}},
 }
 
 

@@ -20,6 +20,10 @@ and backward together.
                   bytes: x and y, the matrices of experts that tokens choose (uniformly), what is kept, all gradients
     sample        bytes: the logits once; FLOPs 4 a logit and pass (shift, scale, power, sum)
     verify_*      bytes: the logits once; those of masses (`block`) and of a replaced draft again
+    *_token_scores  FLOPs 2 nq nk times all heads' widths (attention: twice, for the rows' log-sum-exp), 4 a weight;
+                  bytes: the queries' and keys' rows once, the scores
+    select_tokens   bytes: scores once, the index and its inverse
+    compact_tokens  bytes: kept rows in and out; backward: kept rows in, all rows out
 """
 
 from collections.abc import Callable, Mapping
@@ -196,6 +200,30 @@ def tree_ancestors(itemsize: int, b: int, N: int) -> tuple[Work]:
     return (Work(16 * b * N, 0),)
 
 
+def attention_token_scores(
+    itemsize: int, nq: int, nk: int, hq: int, hkv: int, dim: int
+) -> tuple[Work]:
+    moved = itemsize * dim * (nq * hq + nk * hkv) + 4 * (nq + 2 * nk)
+    return (Work(moved, nq * nk * hq * (4 * dim + 8)),)
+
+
+def ssd_token_scores(
+    itemsize: int, choice: dict, nq: int, nk: int, h: int, g: int, n: int
+) -> tuple[Work]:
+    weights = h if choice.get("decay") else g
+    moved = itemsize * n * g * (nq + nk) + 4 * (nk * h + nq + 2 * nk)
+    return (Work(moved, nq * nk * (2 * n * g + 4 * weights)),)
+
+
+def select_tokens(itemsize: int, t: int, s: int, keep: int) -> tuple[Work]:
+    return (Work(itemsize * t + 4 * (t + s * (keep + 2)), 4 * t),)
+
+
+def compact_tokens(itemsize: int, t: int, d: int, kept: int) -> tuple[Work, Work]:
+    forward = Work(2 * kept * (2 * d * itemsize + 8) + 4 * kept, 0)
+    return forward, Work(2 * d * itemsize * (kept + t) + 4 * t, 0)
+
+
 COUNTERS: dict[str, Callable[..., tuple[Work, ...]]] = {
     count.__name__: count
     for count in (
@@ -218,6 +246,10 @@ COUNTERS: dict[str, Callable[..., tuple[Work, ...]]] = {
         verify_draft,
         verify_tree,
         tree_ancestors,
+        attention_token_scores,
+        ssd_token_scores,
+        select_tokens,
+        compact_tokens,
     )
 }
 

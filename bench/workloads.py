@@ -5,9 +5,9 @@
 
 Inputs look as they do in a trained layer: decays of a few to a few hundred tokens, activations of unit variance,
 parameters in fp32. Every option of the op that a model uses is on. On the meta device nothing is allocated. Variants
-of ops are in `bench/variants.py`; the decode steps, the low-precision ops and those of mixtures of experts have
-builders of their own (`bench/decode.py`, `bench/lowprec.py`, `bench/moe.py`,
-`bench/sampling.py`).
+of ops are in `bench/variants.py`; the decode steps, the low-precision ops, those of mixtures of experts, of sampling and
+of token reduction have builders of their own (`bench/decode.py`, `bench/lowprec.py`, `bench/moe.py`,
+`bench/sampling.py`, `bench/tokens.py`).
 """
 
 import math
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 import tigon
-from tigon.bench import decode, lowprec, moe, sampling
+from tigon.bench import decode, lowprec, moe, sampling, tokens
 from tigon.bench.variants import VARIANTS, chosen
 from tigon.ops.quantized import QuantizedTensor
 from tigon.ops.routing import Routing
+from tigon.ops.select_tokens import Selection
 from tigon.registry import OPS
 
 SMALL = {
@@ -33,6 +34,7 @@ SMALL = {
     **lowprec.SMALL,
     **moe.SMALL,
     **sampling.SMALL,
+    **tokens.SMALL,
 }
 
 
@@ -82,12 +84,14 @@ class Workload:
         return replace(self, inputs=wide, dtype=torch.float64)
 
 
-def tensors(out: Tensor | QuantizedTensor | Routing | tuple) -> tuple[Tensor, ...]:
+def tensors(out: Tensor | QuantizedTensor | Routing | Selection | tuple) -> tuple[Tensor, ...]:
     """The tensors of what an op returned, in order."""
     if isinstance(out, QuantizedTensor):
         return tuple(out.tensors().values())
     if isinstance(out, Routing):
         return moe.tensors(out)
+    if isinstance(out, Selection):
+        return tuple(getattr(out, name) for name in Selection.TENSORS)
     return tuple(t for part in out for t in tensors(part)) if isinstance(out, tuple) else (out,)
 
 
@@ -158,6 +162,7 @@ BUILDERS: dict[str, Callable[..., dict]] = (
     | lowprec.BUILDERS
     | moe.BUILDERS
     | sampling.BUILDERS
+    | tokens.BUILDERS
 )
 
 

@@ -39,7 +39,13 @@ def main() -> None:
     else:
         model, prompts = trained_tiny(args.seconds)
 
-    options = {"rule": "strict", "temperature": 0.8, "seed": 0, "stop_ids": (), "return_report": True}
+    options = {
+        "rule": "strict",
+        "temperature": 0.8,
+        "seed": 0,
+        "stop_ids": (),
+        "return_report": True,
+    }
     if args.dtype:
         options |= {"ssm_dtype": getattr(torch, args.dtype), "rounding": "stochastic"}
     ways = {f"K = {k}": {"draft_tokens": k} for k in (0, 1, 2, 3, 5)}
@@ -51,7 +57,9 @@ def main() -> None:
     if not args.model:
         print(bytes(texts["K = 3"][0].tolist()).decode(errors="replace"))
     same = [all(map(torch.equal, texts["K = 0"], text)) for text in texts.values()]
-    print(f"{sum(same)} of {len(same)} ways gave the same text, as rule 'strict' says up to rounding")
+    print(
+        f"{sum(same)} of {len(same)} ways gave the same text, as rule 'strict' says up to rounding"
+    )
 
 
 if __name__ == "__main__":

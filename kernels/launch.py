@@ -284,6 +284,13 @@ def plan_experts(op: str, arch: int, **sizes: int) -> dict[str, object]:
     return getattr(launch_moe, f"plan_{op}")(arch, **sizes)
 
 
+def plan_tokens(op: str, arch: int, **sizes: int) -> dict[str, object]:
+    """As `launch_tokens`, which builds on this file, says."""
+    from tigon.kernels import launch_tokens
+
+    return getattr(launch_tokens, f"plan_{op}")(arch, **sizes)
+
+
 PLANNERS: dict[str, Callable[..., dict[str, object]]] = {
     "ssd_scan": plan_ssd_scan,
     "ssd_scan_backward": plan_ssd_scan_backward,
@@ -298,4 +305,6 @@ PLANNERS: dict[str, Callable[..., dict[str, object]]] = {
     "grouped_mm_backward": partial(plan_experts, "grouped_mm_backward"),
     "moe_experts": partial(plan_experts, "moe_experts"),
     "moe_experts_backward": partial(plan_experts, "moe_experts_backward"),
+    "attention_token_scores": partial(plan_tokens, "attention_token_scores"),
+    "ssd_token_scores": partial(plan_tokens, "ssd_token_scores"),
 }

@@ -24,6 +24,10 @@ COMMANDS = {
         "what is wrong with a quantized checkpoint, tensor by tensor",
         "tigon.cli.check_checkpoint",
     ),
+    "reduction": (
+        "what a schedule of token reduction keeps and saves, layer by layer",
+        "tigon.cli.reduction",
+    ),
     "bench": ("how fast an op is here, beside other packages", "tigon.cli.bench"),
 }
 

@@ -1,12 +1,12 @@
 """The CUDA C++ kernels of csrc/: found, planned, packed and launched.
 
-``loader`` finds a way to them; ``mamba2``, ``replay``, ``quantize``, ``moe`` and ``sampling`` hold a launcher for each
-kernel.
+``loader`` finds a way to them; ``mamba2``, ``replay``, ``quantize``, ``moe``, ``sampling`` and ``tokens`` hold a launcher
+for each kernel.
 
 Importing this package needs the standard library only, so that ``tigon doctor`` works without torch.
 """
 
-from tigon.native import mamba2, moe, quantize, replay, sampling
+from tigon.native import mamba2, moe, quantize, replay, sampling, tokens
 from tigon.native.loader import (
     Extension,
     HostLibrary,
@@ -26,8 +26,9 @@ from tigon.native.moe import moe_route, moe_route_backward, moe_sort
 from tigon.native.quantize import dequantize, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 from tigon.native.replay import conv1d_replay, ssd_replay
 from tigon.native.sampling import sample, tree_ancestors, verify_draft, verify_tree
+from tigon.native.tokens import gather_rows, select_tokens
 
-PLANS = mamba2.PLANS | replay.PLANS | quantize.PLANS | moe.PLANS | sampling.PLANS
+PLANS = mamba2.PLANS | replay.PLANS | quantize.PLANS | moe.PLANS | sampling.PLANS | tokens.PLANS
 
 __all__ = [
     "Extension",
@@ -40,6 +41,7 @@ __all__ = [
     "conv1d_update",
     "cuda_headers",
     "dequantize",
+    "gather_rows",
     "host_missing",
     "load",
     "moe_route",
@@ -50,6 +52,7 @@ __all__ = [
     "quantize_mxfp8",
     "quantize_nvfp4",
     "sample",
+    "select_tokens",
     "sources",
     "ssd_replay",
     "ssd_update",

@@ -25,7 +25,10 @@ from tigon.ops.replay import (
 )
 from tigon.ops.routing import Routing
 from tigon.ops.sampling import VerifyRule, sample, tree_ancestors, verify_draft, verify_tree
+from tigon.ops.select_tokens import Selection, compact_tokens, select_tokens
 from tigon.ops.ssd import ssd_scan, ssd_update
+from tigon.ops.token_scores import attention_token_scores, ssd_token_scores
+from tigon.ops.video_tokens import frame_difference_mask, video_redundancy_mask
 
 __all__ = [
     "FP8Tensor",
@@ -36,13 +39,17 @@ __all__ = [
     "ReplayCache",
     "ReplayCursor",
     "Routing",
+    "Selection",
     "VerifyRule",
+    "attention_token_scores",
     "backend",
     "batch_invariant",
     "causal_conv1d",
     "causal_conv1d_update",
+    "compact_tokens",
     "dequantize",
     "explain",
+    "frame_difference_mask",
     "gated_rms_norm",
     "grouped_mm",
     "moe_experts",
@@ -59,9 +66,12 @@ __all__ = [
     "rms_norm",
     "sample",
     "scaled_mm",
+    "select_tokens",
     "ssd_scan",
+    "ssd_token_scores",
     "ssd_update",
     "tree_ancestors",
     "verify_draft",
     "verify_tree",
+    "video_redundancy_mask",
 ]

@@ -12,7 +12,7 @@ import host_build
 import pytest
 
 from tigon import native
-from tigon.native import mamba2, moe, quantize, replay, sampling
+from tigon.native import mamba2, moe, quantize, replay, sampling, tokens
 
 ARCHS = ["80", "90a", "100a", "120a"]
 SOURCES = host_build.KERNELS
@@ -22,12 +22,14 @@ INSTANCES = {
     "conv1d_update": 9,
     "dequantize": 9,
     "logit_stats": 6,
+    "gather_rows": 1,
     "moe_route": 5,
     "moe_route_backward": 1,
     "moe_sort": 3,
     "moe_sums": 2,
     "quantize_fp8": 6,
     "quantize_nvfp4": 9,
+    "select_tokens": 2,
     "ssd_replay": 30,
     "ssd_update": 30,
     "verify_draft": 7,
@@ -219,6 +221,20 @@ def test_sampling_reads_logits_16_bytes_at_a_time_and_keeps_its_blocks(compiled)
             assert len(re.findall(r"LDG\.E\.128", body)) >= loads, name
 
 
+def test_rows_are_moved_16_bytes_at_a_time(compiled):
+    """Four loads on their way before the first store, where rows allow."""
+    (body,) = functions(compiled["gather_rows"][0]).values()
+    assert max(part.count("LDG.E.128") for part in body.split("STG")) >= 4
+
+
+def test_selection_has_four_loads_in_flight(compiled):
+    """A block has a sequence for itself: what it waits for is latency."""
+    (body,) = (
+        b for name, b in functions(compiled["select_tokens"][0]).items() if "threshold" in name
+    )
+    assert max(part.count("LDG.E ") for part in body.split("ATOMS")[1:]) >= 4
+
+
 def nvrtc() -> ctypes.CDLL | None:
     """The library of the nvidia-cuda-nvrtc wheel (torch's CUDA builds bring it) or of a toolkit."""
     wheels = [Path(folder) / "nvidia" for folder in sys.path]
@@ -250,6 +266,8 @@ def nvrtc() -> ctypes.CDLL | None:
         moe.plan_sums(4, 512),
         moe.plan_backward(64, 512),
         *SAMPLING.values(),
+        tokens.plan_select_tokens(4096, 2)[0],
+        tokens.plan_gather_rows(64, ((8192, 16),)),
     ],
     ids=lambda plan: plan.kernel,
 )

@@ -26,9 +26,10 @@ from route_cases import (
     route_arguments,
 )
 from sanitized import Sanitized, SanitizerError, pointer_places
+from token_cases import check_rows, check_selection, rows, selection
 
 from tigon import native
-from tigon.native import moe, quantize
+from tigon.native import moe, quantize, tokens
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 ALL = dict(D="hp", z=True, bias=True, ragged=True, slots="padded", layout="sliced")
@@ -179,6 +180,45 @@ def test_moe_sort_is_clean(sanitizer, tmp_path):
     arguments = dict(indices=torch.randint(-1, 8, (40, 3), dtype=torch.int32), e=7)
     with routing(sanitizer, arguments, tmp_path) as know:
         check_sort(arguments, know)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        selection([70, 0, 1100], "odd", protect=0.2, padding=5),
+        selection([3, 1025], "ties", multiple=64, wide=True) | dict(capacity=9),
+        selection([300], keep=2.0),
+    ],
+    ids=range(3),
+)
+def test_select_tokens_is_clean(sanitizer, case, tmp_path, monkeypatch):
+    """Blocks of 64 threads; nothing lies around the scores, so that a read past them is seen."""
+    case = case | dict(scores=case["scores"].clone())
+    plan = tokens.plan_select_tokens
+    monkeypatch.setattr(
+        tokens, "plan_select_tokens", lambda *a: (replace(plan(*a)[0], block=64), plan(*a)[1])
+    )
+    with reducing(sanitizer, case, tmp_path) as know:
+        check_selection(case, know)
+
+
+def test_gather_rows_is_clean(sanitizer, tmp_path):
+    case = rows(t=9, kept=7)
+    with reducing(sanitizer, case | dict(enumerate(case["tensors"])), tmp_path) as know:
+        check_rows(case, know)
+
+
+@contextmanager
+def reducing(sanitizer, arguments, folder):
+    """As `routing`, for the launchers of token reduction."""
+    packed = (tokens.SELECT_THRESHOLD, tokens.PLACE_TOKENS, tokens.GATHER_ROWS)
+    places = {value.size: pointer_places(value) for value in packed}
+    loader = Sanitized(sanitizer, tensors(arguments), 0, places, folder)
+    native.use_host_library(loader)
+    try:
+        yield loader.know
+    finally:
+        native.use_host_library(None)
 
 
 def reverse(kind: str, folder: Path, barrier: int = 1, extra: int = 0) -> torch.Tensor:

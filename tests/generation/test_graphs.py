@@ -96,7 +96,17 @@ def test_a_drafter_that_waits_reads_its_inbox_before_it_overflows(model, prompts
 
 
 def test_buckets_hold_their_rows():
-    assert [graphs.bucket(n) for n in (1, 2, 3, 5, 8, 9, 16, 17, 33)] == [1, 2, 4, 8, 8, 16, 16, 24, 40]
+    assert [graphs.bucket(n) for n in (1, 2, 3, 5, 8, 9, 16, 17, 33)] == [
+        1,
+        2,
+        4,
+        8,
+        8,
+        16,
+        16,
+        24,
+        40,
+    ]
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from codegen_cases_gemm import GEMMS
 from codegen_cases_moe import EXPERTS
+from codegen_cases_tokens import SCORES
 
 HALF, WIDE = torch.bfloat16, torch.float32
 
@@ -203,5 +204,9 @@ CASES = [
             (HALF, torch.float16, WIDE) if wide else (HALF, torch.float16),
         )
         for name, call, wide in EXPERTS
+    ),
+    *(
+        Case(f"token_scores {name}", call, (HALF, WIDE) if wide else (HALF,), native=False)
+        for name, call, wide in SCORES
     ),
 ]
