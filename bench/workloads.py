@@ -5,8 +5,8 @@
 
 Inputs look as they do in a trained layer: decays of a few to a few hundred tokens, activations of unit variance,
 parameters in fp32. Every option of the op that a model uses is on. On the meta device nothing is allocated. Variants
-of ops are in `bench/variants.py`; the decode steps, the low-precision ops, those of mixtures of experts, of sampling and
-of token reduction have builders of their own (`bench/decode.py`, `bench/lowprec.py`, `bench/moe.py`,
+of ops are in `bench/variants.py`; the decode steps, the low-precision ops, those of mixtures of experts, of sampling
+and of token reduction have builders of their own (`bench/decode.py`, `bench/lowprec.py`, `bench/moe.py`,
 `bench/sampling.py`, `bench/tokens.py`).
 """
 

@@ -3,8 +3,8 @@
     python examples/speculative_generation.py [--model DIR] [--tokens N] [--dtype float16]
 
 Without --model, `tiny` is trained for a few seconds on Python's own help texts, so that its drafts are worth
-something. --model names a NemotronH checkpoint with `mtp.*` tensors, as `HybridLM.from_pretrained` reads it; its prompts
-are random ids, since a tokenizer is not part of Tigon.
+something. --model names a NemotronH checkpoint with `mtp.*` tensors, as `HybridLM.from_pretrained` reads it; its
+prompts are random ids, since a tokenizer is not part of Tigon.
 """
 
 import argparse

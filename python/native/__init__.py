@@ -1,7 +1,7 @@
 """The CUDA C++ kernels of csrc/: found, planned, packed and launched.
 
-``loader`` finds a way to them; ``mamba2``, ``replay``, ``quantize``, ``moe``, ``sampling`` and ``tokens`` hold a launcher
-for each kernel.
+``loader`` finds a way to them; ``mamba2``, ``replay``, ``quantize``, ``moe``, ``sampling`` and ``tokens`` hold a
+launcher for each kernel.
 
 Importing this package needs the standard library only, so that ``tigon doctor`` works without torch.
 """
