@@ -7,8 +7,8 @@ import torch
 from replay_cases import OPTIONS, Decoder, conv_oracle, oracle, sequences, tree, tree_bits
 
 import tigon
-from tigon.ops import ReplayCache, ReplayCursor, replay_advance, replay_commit
 from tigon.native.mamba2 import replay_flush
+from tigon.ops import ReplayCache, ReplayCursor, replay_advance, replay_commit
 from tigon.reference.state_format import decode_state, encode_state
 
 TIGHT = dict(rtol=1e-12, atol=1e-12)
