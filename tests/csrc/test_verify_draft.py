@@ -268,6 +268,12 @@ def test_trees_are_walked_as_by_the_reference(kernels, case):
     check("tree_ancestors", {name: arguments[name] for name in names}, exact=True)
 
 
+def test_a_vocabulary_of_131072(kernels):
+    """Sixteen chunks; more equal 16-bit logits at the cuts than a chunk has entries."""
+    for change in (dict(rule="token"), dict(rule="block", top_k=40_000, top_p=0.9)):
+        check("verify_draft", moved(make(b=2, K=2, V=131072, spread=0.3, **change), kernels))
+
+
 def test_offsets_past_two_to_the_31_elements(kernels):
     far = 2**31 + 64
     case = make(b=2, K=1, V=64)
