@@ -175,10 +175,16 @@ __device__ __forceinline__ void outputs(const SsdReplay& a, const Place& place,
     }
 }
 
+// Blocks on a multiprocessor at least. Without 16-byte accesses there are more addresses and random
+// words that begin within a run to hold.
+template <typename State, bool kVectors>
+constexpr int kBlocks = kVectors          ? 4
+                        : kRounded<State> ? 2
+                                          : 3;
+
 template <typename Io, typename State, bool kVectors>
-__global__ void __launch_bounds__(kThreads, kVectors            ? 4
-                                            : sizeof(State) > 1 ? 3
-                                                                : 2) ssd_replay(const SsdReplay a) {
+__global__ void __launch_bounds__(kThreads, kBlocks<State, kVectors>)
+    ssd_replay(const SsdReplay a) {
     Place place{
         int(blockIdx.x / a.heads), 0, int(blockIdx.x % a.heads), int(blockIdx.y) * a.rows, 0, 0, 0};
     place.slot = a.state_indices ? a.state_indices[place.row] : place.row;
