@@ -43,8 +43,8 @@ __device__ __forceinline__ void fold(const SsdReplay& a, const Place& place,
         {
             const Tokens<Io> tokens(a, place);
             if (k == first) stage_window(staged, tokens, first, end - first);
-            stage_vectors<Io, tile.kWidth>(a, staged, staged.B, count,
-                                           [&](int i) { return tokens.B(k + i); });
+            stage_vectors<Io, kVector<State>>(a, staged, staged.B, count,
+                                              [&](int i) { return tokens.B(k + i); });
         }
         __syncthreads();
         if (k == first) {
@@ -128,15 +128,16 @@ __device__ __forceinline__ void outputs(const SsdReplay& a, const Place& place,
         const Tokens<Io> tokens(a, place);
         const int count = min(kTokens, window - k);
         if (k == 0) {
-            stage_vectors<Io, tile.kWidth>(a, staged, staged.C + done * staged.stride, end - done,
-                                           [&](int i) { return tokens.C(done + i); });
+            stage_vectors<Io, kVector<State>>(a, staged, staged.C + done * staged.stride,
+                                              end - done,
+                                              [&](int i) { return tokens.C(done + i); });
             stage_window(staged, tokens, base, window);
             stage_gates(staged, tokens, done, end);
         } else {
             __syncthreads();
         }
-        stage_vectors<Io, tile.kWidth>(a, staged, staged.B, count,
-                                       [&](int i) { return tokens.B(base + k + i); });
+        stage_vectors<Io, kVector<State>>(a, staged, staged.B, count,
+                                          [&](int i) { return tokens.B(base + k + i); });
         __syncthreads();
         mix(staged, tokens, sight, done, end, k, count);
     }
