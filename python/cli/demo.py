@@ -8,11 +8,21 @@ PROMPT = "The following example shows how a class "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, default=90, help="time to train (default: 90)")
+    parser.add_argument(
+        "--token-reduction",
+        action="store_true",
+        help="instead: train two-hop retrieval, then compare ways to drop tokens (about 5 minutes)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="time to train (default: 90; with --token-reduction 180)"
+    )
     parser.add_argument("--steps", type=int, help="train this many steps instead, however long")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument(
+        "--queries", type=int, default=1200, help="of --token-reduction (default: 1200)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,6 +30,12 @@ def run(args: argparse.Namespace) -> int:
     # Read when torch loads OpenMP. Threads that spin while they wait stop each other on busy cores: with two
     # threads on two cores shared with other work, 20 s were 2 training steps spinning and 32 sleeping.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if args.seconds is None:
+        args.seconds = 180 if args.token_reduction else 90
+    if args.token_reduction:
+        from tigon.cli.demo_retrieval import run_retrieval
+
+        return run_retrieval(args)
     from tigon.cli.demo_run import run_demo
 
     return run_demo(args)
