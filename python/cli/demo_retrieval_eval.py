@@ -21,6 +21,7 @@ from tigon.modules.reducible import Reducible
 AVERAGES = (0.5, 0.25, 0.125)
 Z = 1.959964  # of a 95 % interval
 WHOLE = TokenReducer(ReductionSchedule("fastv", final=1.0))  # drops nothing between the layers
+LEAST = 1e-6  # share that the last stage keeps: one token
 TOP = 0.125  # of the visual tokens: among the best so many, a needle counts as found
 
 
@@ -52,28 +53,35 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
 
 
 def ours(average: float, scores: str = "both") -> TokenReducer:
-    """A power ramp to a quarter of the average."""
-    schedule = ReductionSchedule("power", average=average, final=average / 4)
+    """A power ramp to an eighth of the average, so low that all three kinds of scores reach every average."""
+    schedule = ReductionSchedule("power", average=average, final=average / 8)
     return TokenReducer(schedule, scores=scores)
 
 
-def fastv(average: float) -> TokenReducer:
-    """One cut before layer 2, by the attention of the layer before."""
-    return TokenReducer(ReductionSchedule("fastv", average=average, layer=2), scores="attention")
+def one_shot(average: float, layer: int) -> TokenReducer:
+    """One cut before `layer`, by the last attention before it; FastV for layer 2."""
+    schedule = ReductionSchedule("fastv", average=average, layer=layer)
+    return TokenReducer(schedule, scores="attention")
 
 
 def pyramid(average: float, pattern: str) -> TokenReducer:
-    """PyramidDrop: equal stages of depth, the same share dropped between them, by attention. Four stages, or the fewest
-    that reach the average."""
+    """PyramidDrop: equal stages of depth, the same share kept from one to the next, by attention. Four stages, or the
+    fewest that reach the average and do not end below LEAST."""
+
+    def reducer(stages: int, final: float) -> TokenReducer:
+        schedule = ReductionSchedule("stages", final=final, stages=stages)
+        return TokenReducer(schedule, scores="attention")
+
+    def mean(stages: int, final: float) -> float:
+        return reducer(stages, final).plan(pattern).average
+
     for stages in range(4, len(pattern) + 1):
-        reducer = TokenReducer(
-            ReductionSchedule("stages", average=average, stages=stages), scores="attention"
-        )
-        try:
-            reducer.plan(pattern)
-        except ValueError:
-            continue
-        return reducer
+        if mean(stages, LEAST) <= average:
+            low, high = LEAST, 1.0
+            for _ in range(50):
+                middle = (low + high) / 2
+                low, high = (low, middle) if mean(stages, middle) > average else (middle, high)
+            return reducer(stages, low)
     raise ValueError(f"no number of stages on {len(pattern)} layers averages {average}")
 
 
@@ -100,7 +108,8 @@ def methods(model: HybridLM, average: float, seed: int) -> dict[str, Method]:
         "progressive, both scores": lambda: ours(average),
         "progressive, attention scores": lambda: ours(average, "attention"),
         "progressive, Mamba scores": lambda: ours(average, "ssm"),
-        "one-shot early (FastV)": lambda: fastv(average),
+        "one-shot early (FastV)": lambda: one_shot(average, 2),
+        f"one-shot late (layer {len(pattern) // 4})": lambda: one_shot(average, len(pattern) // 4),
         "stages (PyramidDrop)": lambda: pyramid(average, pattern),
     }
     found: dict[str, Method] = {}

@@ -5,8 +5,8 @@ A sequence is frames, then questions. A frame is three tokens, a filler and a re
     ~ key pointer        or        ~ pointer value
 
 Each key leads through one pointer to one value, and the two records of such a chain lie anywhere among the others. A
-question is one token after the frames, a key, and the answer its value. The key says nothing of the record that holds the
-value: within one pass the model has to read the pointer first.
+question is one token after the frames, a key, and the answer its value. The key says nothing of the record that holds
+the value: within one pass the model has to read the pointer first.
 As in a film, some frames repeat the one before.
 """
 

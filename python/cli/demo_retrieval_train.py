@@ -1,8 +1,9 @@
 """A tiny hybrid that learns two-hop retrieval: its sizes, its training, a curriculum of lengths.
 
-The loss is the cross entropy of the answers. At the first, shortest length the model is also shown how to go about it: two
-attention layers get -log of the weight that each question gives to its first and to its second record, and behind the
-first of them its state has to spell the pointer. From the second length on only the answers count.
+The loss is the cross entropy of the answers. At the first, shortest length the model is also shown how to go about it:
+two attention layers get -log of the weight that each question gives to its first and to its second record, and behind
+the first of them its state has to spell the pointer. From the second length on only the answers count. Without this
+help no hop was learned in 450 steps; with it both are after 350.
 """
 
 import math
@@ -18,6 +19,7 @@ from tigon.cli.demo_retrieval_task import VOCABULARY, Retrieval, draw
 from tigon.models import HybridConfig, HybridLM
 
 PATTERN = "M*-M*--M*--M*--M*---"
+STEPS = 1200  # the longest length is reached after 700 to 820
 HOPS = (1, 4)  # the attention layers that are shown the first and the second record
 CHAINS = (6, 12, 32)  # of the curriculum: 48, 96 and 255 visual tokens
 ROWS = (16, 8, 3)  # sequences of a batch
@@ -26,7 +28,7 @@ PEAK, WARMUP, DECAY_FROM = 4e-3, 50, 0.6
 
 
 def config() -> HybridConfig:
-    """0.2 million parameters. The head is the embeddings' transpose: a symbol that was read looks like one that is asked."""
+    """0.4 million parameters. The head is the embeddings: a symbol that was read looks like one that is asked."""
     return HybridConfig(
         pattern=PATTERN,
         vocab_size=VOCABULARY,
@@ -84,10 +86,10 @@ def _loss(model: HybridLM, batch: Retrieval, shown: bool) -> tuple[Tensor, float
         if not shown or l not in HOPS:
             h = layer(h)
             continue
-        weights = []
-        h = layer(h, watch=lambda q, k: weights.append(_weights(q[:, visual:], k)))
-        places = batch.needle_tokens(HOPS.index(l))  # (b,q,visual)
-        mass = (weights[0][..., :visual].mean(1) * places).sum(-1)
+        seen: list[tuple[Tensor, Tensor]] = []
+        h = layer(h, watch=lambda q, k, seen=seen: seen.append((q, k)))
+        weights = _weights(seen[0][0][:, visual:], seen[0][1])[..., :visual].mean(1)
+        mass = (weights * batch.needle_tokens(HOPS.index(l))).sum(-1)
         loss = loss - mass.clamp(min=1e-9).log().mean()
         if l == HOPS[0]:
             loss = loss + F.cross_entropy(spelled(), batch.pointers.flatten())
