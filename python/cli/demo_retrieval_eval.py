@@ -21,7 +21,7 @@ from tigon.modules.reducible import Reducible
 AVERAGES = (0.5, 0.25, 0.125)
 Z = 1.959964  # of a 95 % interval
 WHOLE = TokenReducer(ReductionSchedule("fastv", final=1.0))  # drops nothing between the layers
-LEAST = 1e-6  # share that the last stage keeps: one token
+LEAST = 1e-6  # share that the last layers keep at least: one token
 TOP = 0.125  # of the visual tokens: among the best so many, a needle counts as found
 
 
@@ -58,9 +58,12 @@ def ours(average: float, scores: str = "both") -> TokenReducer:
     return TokenReducer(schedule, scores=scores)
 
 
-def one_shot(average: float, layer: int) -> TokenReducer:
+def one_shot(average: float, layer: int, pattern: str) -> TokenReducer:
     """One cut before `layer`, by the last attention before it; FastV for layer 2."""
-    schedule = ReductionSchedule("fastv", average=average, layer=layer)
+    final = (average * len(pattern) - layer) / (len(pattern) - layer)
+    if final < 0:
+        raise ValueError(f"{layer} whole layers of {len(pattern)} average more than {average}")
+    schedule = ReductionSchedule("fastv", final=max(final, LEAST), layer=layer)
     return TokenReducer(schedule, scores="attention")
 
 
@@ -104,12 +107,13 @@ Method = Callable[[Retrieval], tuple[TokenReducer, Tensor | None]]
 def methods(model: HybridLM, average: float, seed: int) -> dict[str, Method]:
     """By name: the reducer of a batch and, if tokens go before layer 0, the mask of those that stay."""
     pattern, generator = model.config.pattern, torch.Generator().manual_seed(seed)
+    late = len(pattern) // 4
     reducers = {
         "progressive, both scores": lambda: ours(average),
         "progressive, attention scores": lambda: ours(average, "attention"),
         "progressive, Mamba scores": lambda: ours(average, "ssm"),
-        "one-shot early (FastV)": lambda: one_shot(average, 2),
-        f"one-shot late (layer {len(pattern) // 4})": lambda: one_shot(average, len(pattern) // 4),
+        "one-shot early (FastV)": lambda: one_shot(average, 2, pattern),
+        f"one-shot late (layer {late})": lambda: one_shot(average, late, pattern),
         "stages (PyramidDrop)": lambda: pyramid(average, pattern),
     }
     found: dict[str, Method] = {}
