@@ -1,5 +1,7 @@
 """`tigon demo --token-reduction`: its task, its methods, its statistics, and all of it in little."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -105,9 +107,10 @@ def test_intervals_are_those_of_wilson():
 @torch.no_grad()
 def test_the_whole_model_in_the_table_is_the_model_without_reduction():
     model, batch = model_and_batch()
-    found = demo_retrieval_eval.measure(model, [batch], None)
-    right = model(batch.ids)[:, batch.visual :].argmax(-1) == batch.values
-    assert (found.right, found.asked) == (right.sum().item(), 6)
+    said = model(batch.ids)[:, batch.visual :].argmax(-1)
+    for values, right in ((said, 6), (said + 1, 0)):
+        found = demo_retrieval_eval.measure(model, [replace(batch, values=values)], None)
+        assert (found.right, found.asked) == (right, 6)
     assert found.average == 1 and (found.kept == 1).all()
 
 
