@@ -1,4 +1,5 @@
-"""`tigon demo`: the whole way on real text. Train the `tiny` preset, compare, save, generate, check the decode path."""
+"""`tigon demo`: the whole way on real text. Train the `tiny` preset, compare, save, generate, check the decode path.
+With --token-reduction another one: two-hop retrieval while tokens are dropped between the layers."""
 
 import argparse
 import os
@@ -11,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-reduction",
         action="store_true",
-        help="instead: train two-hop retrieval, then compare ways to drop tokens (about 5 minutes)",
+        help="instead: train two-hop retrieval, then compare ways to drop tokens (a few minutes)",
     )
     parser.add_argument(
         "--seconds",
