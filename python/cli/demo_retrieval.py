@@ -132,10 +132,13 @@ def verdict(full: Result, results: Results) -> list[str]:
         )
     for average in AVERAGES:
         here = {name: found[average] for name, found in results.items() if average in found}
-        winner = max(here, key=lambda name: here[name].right)
-        low = here[winner].interval[0]
-        close = [n for n, r in here.items() if n != winner and r.interval[1] >= low]
-        line = f"winner at {100 * average:g} %: {winner}, {_percent(here[winner])}"
+        most = max(found.right for found in here.values())
+        winners = [name for name, found in here.items() if found.right == most]
+        low = here[winners[0]].interval[0]
+        close = [n for n, r in here.items() if n not in winners and r.interval[1] >= low]
+        line = (
+            f"winner at {100 * average:g} %: {' and '.join(winners)}, {_percent(here[winners[0]])}"
+        )
         if close:
             line += f"; within its interval: {', '.join(close)}"
         lines.append(line)

@@ -173,9 +173,11 @@ def test_the_verdict_names_the_winner_whoever_it_is_and_who_is_not_told_apart():
         "ours": {a: result(50) for a in AVERAGES},
         "random": {a: result(70) for a in AVERAGES},
         "close": {0.5: result(65)},
+        "even": {0.25: result(70)},
     }
     lines = demo_retrieval.verdict(result(99), found)
     assert lines[0].startswith("winner at 50 %: random, 70.0 (") and lines[0].endswith("close")
+    assert "random and even, 70.0" in lines[1]
     assert "close" not in lines[1] and "ours" not in lines[1]
     assert len(lines) == 3
     assert "below 95 %" in demo_retrieval.verdict(result(94), found)[0]
