@@ -154,7 +154,7 @@ def _plot(model: HybridLM, full: Result, results: Results, recall, path: Path) -
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     for name, found in results.items():
         points = [(1.0, full), *sorted(found.items(), reverse=True)]
         x = [100 * average for average, _ in points]
@@ -168,15 +168,17 @@ def _plot(model: HybridLM, full: Result, results: Results, recall, path: Path) -
     left.set_xticks(ticks, [f"{t:g}" for t in ticks])
     left.set(xlabel="kept visual tokens, mean over the layers, %", ylabel="questions answered, %")
     left.set_title(f"two-hop retrieval, {full.asked} questions, 95 % intervals")
-    left.legend(fontsize="small")
+    figure.legend(loc="outside lower left", ncols=4, fontsize="small")
     left.grid(alpha=0.3)
     for hop, name in enumerate(("first record", "second record")):
         shares = [100 * found[hop].item() for found in recall.values()]
         right.plot(list(recall), shares, marker="o", label=name)
-    kinds = [f"{l}\n{'Mamba' if model.config.pattern[l] == 'M' else 'attn'}" for l in recall]
-    right.set_xticks(list(recall), kinds)
+    right.set_xticks(list(recall), [f"{l}{model.config.pattern[l]}" for l in recall])
     right.axhline(100 * TOP, color="gray", linestyle=":", label="by chance, without repeats")
-    right.set(xlabel="layer whose score ranks", ylabel=f"needle in the best {100 * TOP:g} %, %")
+    right.set(
+        xlabel="layer whose score ranks: M Mamba-2, * attention",
+        ylabel=f"needle in the best {100 * TOP:g} %, %",
+    )
     right.set_title("recall of the needle, whole model")
     right.legend(fontsize="small")
     right.grid(alpha=0.3)
