@@ -76,7 +76,7 @@ class Tokens:
     def packed(self, l: int) -> Tensor | None:
         """(s+1) int64 bounds of the sequences in layer l; None where they are rows of a dense batch."""
         counts = self.counts[l]
-        dense = len(set(counts)) == 1 and counts[0] > MOST_STEPPED
+        dense = len(set(counts)) == 1 and counts[0] > MOST_STEPPED and not self.prompt.packed
         return None if dense else self._bounds[l]
 
     def rows(self, l: int, h: Tensor) -> Tensor:
@@ -107,8 +107,7 @@ class Tokens:
             return None
         if self.pattern[l] == "*":
             return self._score_attention
-        A = -torch.exp(mixer.A_log.detach().float()) if self.reducer.decay else None
-        return partial(self._score_ssd, A=A)
+        return partial(self._score_ssd, A_log=mixer.A_log.detach())
 
     def _drops(self, l: int) -> bool:
         return l + 1 < len(self.counts) and self.counts[l + 1] != self.counts[l]
@@ -178,7 +177,7 @@ class Tokens:
         )
 
     @torch.no_grad()
-    def _score_ssd(self, C: Tensor, B: Tensor, dt: Tensor, *, A: Tensor | None) -> None:
+    def _score_ssd(self, C: Tensor, B: Tensor, dt: Tensor, *, A_log: Tensor) -> None:
         C, B, dt = (t.flatten(0, 1) for t in (C, B, dt))
         lists = self._lists()
         bounds = lists["cu_keys"]
@@ -197,6 +196,7 @@ class Tokens:
             C, B, dt = C[source], B[source], dt[source]
             lists |= {"key_index": key, "query_index": query}
             bounds = bounds + self._cu_queries
+        A = -torch.exp(A_log.to(dt.dtype)) if self.reducer.decay else None
         self.scores = ssd_token_scores(
             *(C, B, dt, A), cu_seqlens=bounds, decay=self.reducer.decay, **lists
         )
@@ -214,12 +214,16 @@ def run_reduced_layers(
 ) -> tuple[Tensor, list[Routing], KeptTokens]:
     """`run_layers` with reduction: h (b,l,d) -> (1,t,d) of the tokens that the last layer had, packed.
 
-    With a cache every layer's keys and values are those of its own tokens; its `lengths` count the whole sequences.
+    Tokens lie as they came, packed or dense, until rows become uneven, or so short that a cache would take them for
+    decoded ones; then packed. With a cache every layer's keys and values are those of its own tokens; its `lengths`
+    count the whole sequences.
 
     Raises:
         ValueError: no room in the cache; options that contradict each other, by name.
     """
     layers, routings = list(layers), []
+    if slots is not None and cache is None:
+        raise ValueError("slots say which part of a cache is meant; pass cache")
     tokens = Tokens(reducer, letters(layers), prompt)
     layer_caches, where = [None] * len(layers), {}
     if cache is not None:

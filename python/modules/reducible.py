@@ -19,7 +19,8 @@ class Reducible:
 
     mask, alive (t) bool on the device: reducible, and there at all (None: all are). spans: (start, end) by sequence.
     text, visual: tokens of each sequence in layer 0. queries: tokens of each that ask. asks (t) bool: which, where they
-    were given; None: the last `queries` ones, behind all reducible tokens.
+    were given; None: the last `queries` ones, behind all reducible tokens. packed: whether layers are to see packed
+    sequences even where all are equally long.
     """
 
     mask: Tensor
@@ -29,6 +30,7 @@ class Reducible:
     queries: tuple[int, ...]
     alive: Tensor | None = None
     asks: Tensor | None = None
+    packed: bool = False
 
     @classmethod
     def of(
@@ -92,7 +94,7 @@ class Reducible:
             alive = alive.to(mask.device, non_blocking=True)
         asks = None if queries is None else (queries & ~mask).flatten()
         counts = (tuple(text), tuple(visual), tuple(asking))
-        return cls(mask.flatten(), spans, *counts, alive, asks)
+        return cls(mask.flatten(), spans, *counts, alive, asks, cu_seqlens is not None)
 
     def to(self, device: torch.device | str) -> "Reducible":
         """The same on a device."""
