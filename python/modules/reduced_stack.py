@@ -48,7 +48,7 @@ class Tokens:
 
     def __init__(self, reducer: TokenReducer, pattern: str, prompt: Reducible):
         self.reducer, self.pattern, self.prompt = reducer, pattern, prompt
-        if reducer.decay and prompt.asks is not None:
+        if reducer.decay and prompt.by_proxy:
             raise ValueError(
                 "TokenReducer: decay=True has no meaning with queries before what they score"
             )
@@ -69,9 +69,10 @@ class Tokens:
         self.counted, self.whole = put(prompt.lengths), put(bounds_of(prompt.lengths))
         self.scores: Tensor | None = None
         self.index: list[Tensor] = []
+        self.queries: dict[int, Tensor] = {}
 
     def _asks_last(self) -> bool:
-        return self.reducer.queries == "last" and self.prompt.asks is None
+        return self.reducer.queries == "last" and not self.prompt.by_proxy
 
     def packed(self, l: int) -> Tensor | None:
         """(s+1) int64 bounds of the sequences in layer l; None where they are rows of a dense batch."""
@@ -103,7 +104,8 @@ class Tokens:
 
     def watch(self, l: int, mixer: nn.Module) -> Callable[..., None] | None:
         """What layer l is to call with its inner tensors: None where its scores choose nothing."""
-        if self.pattern[l] not in self.reducer.scored or not self._chooses(l):
+        asks = self._asks is not None  # later calls may ask with what these asked
+        if self.pattern[l] not in self.reducer.scored or not (asks or self._chooses(l)):
             return None
         if self.pattern[l] == "*":
             return self._score_attention
@@ -147,18 +149,15 @@ class Tokens:
     def kept(self) -> KeptTokens:
         """By layer, what it ran on."""
         starts = tuple(start for start, _ in self.prompt.spans)
-        return KeptTokens(tuple(self.index), self.counts, starts)
+        return KeptTokens(tuple(self.index), self.counts, starts, self.queries, self.prompt.queries)
 
     def _lists(self) -> dict:
-        """Who asks in the present layer; everybody is scored, and text stays whatever its score."""
+        """The asking tokens of the present layer, behind the rest; everybody is scored, and text stays whatever its
+        score."""
         bounds = self._bounds[len(self.index) - 1]
-        if self._asks is None:
-            query = bounds[1:][self._asker[:, 0]] - self._asker[:, 1]
-            query = query[: self._asking]
-        else:
-            query = places(self._asks, self._asking)
+        query = bounds[1:][self._asker[:, 0]] - self._asker[:, 1]
         return {
-            "query_index": query,
+            "query_index": query[: self._asking],
             "key_index": torch.arange(self._text.shape[0], device=bounds.device),
             "cu_queries": self._cu_queries,
             "cu_keys": bounds,
@@ -166,34 +165,50 @@ class Tokens:
             "query_reduce": self.reducer.query_reduce,
         }
 
+    def _proxies(self, inner: Tensor) -> Tensor | None:
+        """Rows (nq,…) of queries that see all tokens of this call: of `inner` (t,…), or of an earlier call."""
+        l = len(self.index) - 1
+        if self.prompt.asked_by is not None:
+            return self.prompt.asked_by.queries[l].to(inner.dtype)
+        if self._asks is None:
+            return None
+        self.queries[l] = inner[places(self._asks, self._asking)]
+        return self.queries[l]
+
     @torch.no_grad()
     def _score_attention(self, q: Tensor, k: Tensor) -> None:
-        lists = self._lists()
-        self.scores = attention_token_scores(
-            *(q.flatten(0, 1), k.flatten(0, 1)),
-            cu_seqlens_q=lists["cu_keys"],
-            causal=self._asks is None,
-            **lists,
-        )
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+        lists, proxies = self._lists(), self._proxies(q)
+        of_q = {"cu_seqlens_q": lists["cu_keys"]}
+        if proxies is not None:
+            q = proxies
+            lists["query_index"] = torch.arange(self._asking, device=q.device)
+            of_q = {"cu_seqlens_q": self._cu_queries, "cu_seqlens_k": lists["cu_keys"]}
+            of_q["causal"] = False
+        self.scores = attention_token_scores(q, k, **of_q, **lists)
 
     @torch.no_grad()
     def _score_ssd(self, C: Tensor, B: Tensor, dt: Tensor, *, A_log: Tensor) -> None:
         C, B, dt = (t.flatten(0, 1) for t in (C, B, dt))
-        lists = self._lists()
+        lists, proxies = self._lists(), self._proxies(C)
         bounds = lists["cu_keys"]
-        if self._asks is not None:
-            # A token sees none behind it, so those that ask are repeated behind everything that they are to score.
+        if proxies is not None:
+            # A token sees none behind it, so proxies are put behind everything that they are to score.
             sequences = torch.arange(bounds.shape[0] - 1, device=bounds.device)
-            each = lists["key_index"].shape[0]
+            each, more = C.shape[0], self._asking
             row = torch.repeat_interleave(sequences, bounds.diff(), output_size=each)
-            asker = torch.repeat_interleave(
-                sequences, self._cu_queries.diff(), output_size=self._asking
-            )
+            asker = torch.repeat_interleave(sequences, self._cu_queries.diff(), output_size=more)
             key = lists["key_index"] + self._cu_queries[row]
-            query = torch.arange(self._asking, device=bounds.device) + bounds[1:][asker]
-            source = torch.empty(each + self._asking, dtype=torch.int64, device=bounds.device)
-            source[key], source[query] = lists["key_index"], lists["query_index"]
-            C, B, dt = C[source], B[source], dt[source]
+            query = torch.arange(more, device=bounds.device) + bounds[1:][asker]
+
+            def beside(t: Tensor, rows: Tensor | None = None) -> Tensor:
+                out = t.new_zeros(each + more, *t.shape[1:])
+                out[key] = t
+                if rows is not None:
+                    out[query] = rows
+                return out
+
+            C, B, dt = beside(C, proxies), beside(B), beside(dt)
             lists |= {"key_index": key, "query_index": query}
             bounds = bounds + self._cu_queries
         A = -torch.exp(A_log.to(dt.dtype)) if self.reducer.decay else None

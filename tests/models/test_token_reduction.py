@@ -274,14 +274,19 @@ def test_copied_selected_and_reset_slots_carry_their_own_lengths(model):
 
 @torch.no_grad()
 def test_a_chunk_reduced_by_a_proxy_and_the_question_behind_it(model):
-    """An instruction, a video in two chunks, then the question: each call's lists, run in one pass."""
-    ids, mask = prompt(90, 6, 80)
-    reducer, cache = TokenReducer(LINEAR), model.allocate_cache(1, 90)
+    """An instruction, a video in three chunks, then the question: each call's lists, run in one pass."""
+    ids, mask = prompt(120, 6, 110)
+    reducer, cache = TokenReducer(LINEAR), model.allocate_cache(1, 120)
     lists, logits = [[] for _ in range(8)], []
     asks = torch.zeros(1, 50, dtype=torch.bool)
     asks[:, :6] = True
     first = Reducible.of(mask[None, :50], queries=asks)
-    for start, end, reducible in ((0, 50, first), (50, 90, mask[None, 50:])):
+    kept = None
+    for start, end in ((0, 50), (50, 80), (80, 120)):
+        here = mask[None, start:end]
+        reducible = first if not start else here
+        if end == 80:  # nobody in this chunk could ask
+            reducible = Reducible.of(here, asked_by=kept)
         out, kept = model(
             *(ids[None, start:end], None, cache),
             reduction=reducer,

@@ -6,7 +6,7 @@ import torch
 from tests.models.test_token_reduction import CONFIG, PLANS, ROWS, build
 from tests.support.reduced_oracle import choose
 from tigon.models.reduction_schedule import ReductionSchedule
-from tigon.modules import Reducible, TokenReducer
+from tigon.modules import KeptTokens, Reducible, TokenReducer
 from tigon.modules.reducible import places
 
 MEANS = {name: PLANS[name] for name in ("linear", "fastv", "pyramid", "held")} | {
@@ -26,6 +26,29 @@ def test_the_kept_tokens_are_those_with_the_largest_full_weights(name, row):
     wanted = choose(model, ids, mask, [n for (n,) in kept.counts], decay=reducer.decay, **options)
     for l, now in enumerate(wanted):
         assert kept.of(l).tolist() == now.tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scores", ["both", "attention"])
+def test_proxies_ask_of_what_stands_behind_them_in_this_call_and_in_a_later_one(scores):
+    model, reducer = build(), TokenReducer(ReductionSchedule("linear", final=0.2), scores)
+    (a, flags), (b, more) = ROWS[0], ROWS[1]
+    packed, mask = torch.cat([a, b])[None], torch.cat([flags, more])[None]
+    asks = torch.zeros_like(mask)
+    asks[0, :4], asks[0, 60:62] = True, True
+    run = {"cu_seqlens": torch.tensor([0, 60, 107]), "reduction": reducer, "return_plan": True}
+    inside = Reducible.of(mask, run["cu_seqlens"], queries=asks)
+    _, kept = model(packed, reducible=inside, **run)
+    for r, (ids, here, count) in enumerate(((a, flags, 4), (b, more, 2))):
+        counts = [n[r] for n in kept.counts]
+        wanted = choose(model, ids, here, counts, reducer.scored, asks=torch.arange(count))
+        for l, now in enumerate(wanted):
+            assert kept.of(l, r).tolist() == now.tolist()
+    later = Reducible.of(mask, run["cu_seqlens"], asked_by=kept)
+    _, again = model(packed, reducible=later, **run)
+    assert all(map(torch.equal, kept.index, again.index))
+    _, causal = model(packed, reducible=mask, **run)
+    assert not torch.equal(causal.index[-1], kept.index[-1])
 
 
 def test_layers_without_scores_pass_the_last_choice_on():
@@ -95,6 +118,8 @@ def test_masks_that_do_not_fit_are_refused_by_name():
         ("num_tokens has 3", (mask, None, [1, 2, 3]), {}),
         ("dense batches", (mask[:1], [0, 10], [10]), {}),
         ("keep must be", (mask,), {"keep": mask[:1]}),
+        ("exclude each other", (mask,), {"queries": mask, "asked_by": KeptTokens((), (), ())}),
+        ("asked_by must be of a call", (mask,), {"asked_by": KeptTokens((), (), ())}),
         ("queries must be", (mask,), {"queries": mask.int()}),
         ("sequence 1 has no text behind", (ends_in_one,), {}),
     ):

@@ -25,10 +25,11 @@ def with_more(kept, start, count):
     return [torch.cat([now.to(torch.int64), more]) for now in kept]
 
 
-def weights_of(mixer, x, decay=False):
+def weights_of(mixer, x, decay=False, ahead=False):
     """(h,t,s) of one layer: the attention that it pays, all of it; x (1,n,d) is normed."""
     n = x.shape[1]
-    causal = torch.ones(n, n, dtype=torch.bool).tril()
+    causal = torch.ones(n, n, dtype=torch.bool)
+    causal = causal if ahead else causal.tril()
     if hasattr(mixer, "q_proj"):
         q = mixer.q_proj(x[0]).unflatten(-1, (mixer.num_heads, mixer.head_dim))
         k = mixer.k_proj(x[0]).unflatten(-1, (mixer.num_kv_heads, mixer.head_dim))
@@ -47,17 +48,18 @@ def weights_of(mixer, x, decay=False):
     return weight * causal
 
 
-def choose(model, ids, mask, counts, scored="M*", last=False, decay=False):
-    """The kept lists of one sequence by the definition: the schedule's counts, full weights, sorting."""
+def choose(model, ids, mask, counts, scored="M*", last=False, decay=False, asks=None):
+    """The kept lists of one sequence by the definition: the schedule's counts, full weights, sorting. asks: places of
+    tokens that ask and see all others; None: the text behind the visual tokens, causal."""
     kept, held, pattern = [torch.arange(ids.shape[0])], None, model.config.pattern
-    asking = ids.shape[0] - 1 - int(mask.nonzero().max())
-    asking = 1 if last else asking
+    first = ids.shape[0] - 1 if last else int(mask.nonzero().max()) + 1
     for l in range(len(pattern) - 1):
 
         def watch(layer, mixer, x, l=l):
             nonlocal held
             if layer == l and pattern[l] in scored:
-                held = weights_of(mixer, x, decay)[:, -asking:].mean((0, 1))
+                rows = kept[-1] >= first if asks is None else torch.isin(kept[-1], asks)
+                held = weights_of(mixer, x, decay, asks is not None)[:, rows].mean((0, 1))
 
         run_on(model, ids, kept + [kept[-1]] * (len(pattern) - len(kept)), watch)
         if counts[l + 1] == counts[l]:
