@@ -8,6 +8,9 @@ import torch
 
 from tests.support.reduced_oracle import run_on, with_more
 from tigon.generation import generate
+from tigon.generation.decoder import Decoder
+from tigon.generation.drafter import Drafter
+from tigon.generation.sampling import Sampling
 from tigon.models import HybridConfig, HybridLM
 from tigon.models.reduction_schedule import ReductionSchedule
 from tigon.modules import KVCache, Reducible, TokenReducer
@@ -141,6 +144,43 @@ def test_decode_after_a_reduced_prefill_equals_the_layers_run_on_the_lists(model
         layer.lengths.tensor[slots].tolist() for layer in cache.layers if isinstance(layer, KVCache)
     ]
     assert held == [[n + 14 for n in kept.counts[l]] for l in (3, 6)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2])
+def test_so_few_kept_tokens_that_they_could_be_decoded_ones_are_still_a_prompt(model, rows):
+    ids, mask = (t.expand(rows, -1) for t in prompt(40, 2, 36))
+    cache = model.allocate_cache(rows, 60, rollback="replay", tokens=16)
+    run = {"reduction": LINEAR, "reducible": mask, "return_plan": True}
+    _, kept = model(ids, None, cache, **run)
+    assert kept.counts[-1] == (13,) * rows
+    new = torch.randint(0, 40, (rows, 3))
+    decoded = torch.cat([model(t, cache=cache) for t in new.split(1, 1)], 1)
+    for r in range(rows):
+        lists = with_more([kept.of(l, r) for l in range(8)], 40, 3)
+        expected = run_on(model, torch.cat([ids[r], new[r]]), lists)[-3:]
+        torch.testing.assert_close(decoded[r], expected)
+
+
+@torch.no_grad()
+def test_the_drafter_reads_the_kept_tokens_and_what_follows_them():
+    model = build(mtp_pattern="*E")
+    ids, mask, lengths = batch(*ROWS)
+    cache, drafter = model.allocate_cache(4, 90), Drafter(model, 4, 90, 16)
+    decoder = Decoder(model, cache, Sampling("greedy", cache.seeds), drafter)
+    reducible = Reducible.of(mask, num_tokens=lengths)
+    reducer = TokenReducer(LINEAR)
+    step = decoder.prefill(torch.arange(4), ids, lengths, reducer, reducible)
+    for r, (row, flags) in enumerate(ROWS):
+        hidden, kept = model.backbone(
+            row[None], reduction=LINEAR, reducible=flags[None], return_plan=True
+        )
+        following = torch.cat([row[kept.of(-1)][1:], step.tokens[r, :1]])
+        out = model.mtp(hidden, model.backbone.embeddings(following)[None])
+        torch.testing.assert_close(drafter.last[r], out[0, -1])
+    assert drafter.cache.lengths.tolist() == list(
+        reducer.counts(CONFIG.pattern, [45, 37, 0, 69], [15, 10, 9, 2])[-1]
+    )
 
 
 @torch.no_grad()
