@@ -242,7 +242,7 @@ def run_reduced_layers(
     tokens = Tokens(reducer, letters(layers), prompt)
     layer_caches, where = [None] * len(layers), {}
     if cache is not None:
-        counted, longest = tokens.counted, max(prompt.lengths)
+        counted, longest = tokens.counted, max(prompt.lengths, default=0)
         reduced = {l: tokens.reduced(l) for l in range(len(layers))}
         rows = counted.shape[0]
         cache.begin(rows, longest, slots, None, tokens.whole, reduced=reduced)

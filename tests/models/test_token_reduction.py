@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import tigon
 from tests.support.reduced_oracle import run_on, with_more
 from tigon.generation import generate
 from tigon.generation.decoder import Decoder
@@ -212,6 +213,18 @@ def test_a_choice_does_not_depend_on_batch_mates(model, name):
         _, alone = model(row[None], reducible=flags[None], **run)
         for l in range(8):
             assert torch.equal(alone.of(l), together.of(l, r))
+
+
+@torch.no_grad()
+def test_in_batch_invariant_mode_mates_do_not_change_a_bit():
+    model = build(torch.float32, pattern="M-*M")
+    packed, mask = (torch.cat(side)[None] for side in zip(*ROWS[:3]))
+    run = {"reduction": LINEAR, "return_plan": True}
+    with tigon.batch_invariant():
+        together, kept = model(packed, torch.tensor([0, 60, 107, 116]), reducible=mask, **run)
+        for (row, flags), (start, end) in zip(ROWS, pairwise(kept.bounds())):
+            alone, _ = model(row[None], reducible=flags[None], **run)
+            assert torch.equal(alone[0], together[0, start:end])
 
 
 @pytest.mark.parametrize("training", [False, True])
