@@ -48,7 +48,7 @@ class Tokens:
 
     def __init__(self, reducer: TokenReducer, pattern: str, prompt: Reducible):
         self.reducer, self.pattern, self.prompt = reducer, pattern, prompt
-        if reducer.decay and prompt.asks is not None:
+        if reducer.decay and prompt.by_proxy:
             raise ValueError(
                 "TokenReducer: decay=True has no meaning with queries before what they score"
             )
@@ -69,14 +69,15 @@ class Tokens:
         self.counted, self.whole = put(prompt.lengths), put(bounds_of(prompt.lengths))
         self.scores: Tensor | None = None
         self.index: list[Tensor] = []
+        self.queries: dict[int, Tensor] = {}
 
     def _asks_last(self) -> bool:
-        return self.reducer.queries == "last" and self.prompt.asks is None
+        return self.reducer.queries == "last" and not self.prompt.by_proxy
 
     def packed(self, l: int) -> Tensor | None:
         """(s+1) int64 bounds of the sequences in layer l; None where they are rows of a dense batch."""
         counts = self.counts[l]
-        dense = len(set(counts)) == 1 and counts[0] > MOST_STEPPED
+        dense = len(set(counts)) == 1 and counts[0] > MOST_STEPPED and not self.prompt.packed
         return None if dense else self._bounds[l]
 
     def rows(self, l: int, h: Tensor) -> Tensor:
@@ -103,12 +104,12 @@ class Tokens:
 
     def watch(self, l: int, mixer: nn.Module) -> Callable[..., None] | None:
         """What layer l is to call with its inner tensors: None where its scores choose nothing."""
-        if self.pattern[l] not in self.reducer.scored or not self._chooses(l):
+        asks = self._asks is not None  # later calls may ask with what these asked
+        if self.pattern[l] not in self.reducer.scored or not (asks or self._chooses(l)):
             return None
         if self.pattern[l] == "*":
             return self._score_attention
-        A = -torch.exp(mixer.A_log.detach().float()) if self.reducer.decay else None
-        return partial(self._score_ssd, A=A)
+        return partial(self._score_ssd, A_log=mixer.A_log.detach())
 
     def _drops(self, l: int) -> bool:
         return l + 1 < len(self.counts) and self.counts[l + 1] != self.counts[l]
@@ -148,18 +149,15 @@ class Tokens:
     def kept(self) -> KeptTokens:
         """By layer, what it ran on."""
         starts = tuple(start for start, _ in self.prompt.spans)
-        return KeptTokens(tuple(self.index), self.counts, starts)
+        return KeptTokens(tuple(self.index), self.counts, starts, self.queries, self.prompt.queries)
 
     def _lists(self) -> dict:
-        """Who asks in the present layer; everybody is scored, and text stays whatever its score."""
+        """The asking tokens of the present layer, behind the rest; everybody is scored, and text stays whatever its
+        score."""
         bounds = self._bounds[len(self.index) - 1]
-        if self._asks is None:
-            query = bounds[1:][self._asker[:, 0]] - self._asker[:, 1]
-            query = query[: self._asking]
-        else:
-            query = places(self._asks, self._asking)
+        query = bounds[1:][self._asker[:, 0]] - self._asker[:, 1]
         return {
-            "query_index": query,
+            "query_index": query[: self._asking],
             "key_index": torch.arange(self._text.shape[0], device=bounds.device),
             "cu_queries": self._cu_queries,
             "cu_keys": bounds,
@@ -167,36 +165,53 @@ class Tokens:
             "query_reduce": self.reducer.query_reduce,
         }
 
-    @torch.no_grad()
-    def _score_attention(self, q: Tensor, k: Tensor) -> None:
-        lists = self._lists()
-        self.scores = attention_token_scores(
-            *(q.flatten(0, 1), k.flatten(0, 1)),
-            cu_seqlens_q=lists["cu_keys"],
-            causal=self._asks is None,
-            **lists,
-        )
+    def _proxies(self, inner: Tensor) -> Tensor | None:
+        """Rows (nq,…) of queries that see all tokens of this call: of `inner` (t,…), or of an earlier call."""
+        l = len(self.index) - 1
+        if self.prompt.asked_by is not None:
+            return self.prompt.asked_by.queries[l].to(inner.dtype)
+        if self._asks is None:
+            return None
+        self.queries[l] = inner[places(self._asks, self._asking)]
+        return self.queries[l]
 
     @torch.no_grad()
-    def _score_ssd(self, C: Tensor, B: Tensor, dt: Tensor, *, A: Tensor | None) -> None:
+    def _score_attention(self, q: Tensor, k: Tensor) -> None:
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+        lists, proxies = self._lists(), self._proxies(q)
+        of_q = {"cu_seqlens_q": lists["cu_keys"]}
+        if proxies is not None:
+            q = proxies
+            lists["query_index"] = torch.arange(self._asking, device=q.device)
+            of_q = {"cu_seqlens_q": self._cu_queries, "cu_seqlens_k": lists["cu_keys"]}
+            of_q["causal"] = False
+        self.scores = attention_token_scores(q, k, **of_q, **lists)
+
+    @torch.no_grad()
+    def _score_ssd(self, C: Tensor, B: Tensor, dt: Tensor, *, A_log: Tensor) -> None:
         C, B, dt = (t.flatten(0, 1) for t in (C, B, dt))
-        lists = self._lists()
+        lists, proxies = self._lists(), self._proxies(C)
         bounds = lists["cu_keys"]
-        if self._asks is not None:
-            # A token sees none behind it, so those that ask are repeated behind everything that they are to score.
+        if proxies is not None:
+            # A token sees none behind it, so proxies are put behind everything that they are to score.
             sequences = torch.arange(bounds.shape[0] - 1, device=bounds.device)
-            each = lists["key_index"].shape[0]
+            each, more = C.shape[0], self._asking
             row = torch.repeat_interleave(sequences, bounds.diff(), output_size=each)
-            asker = torch.repeat_interleave(
-                sequences, self._cu_queries.diff(), output_size=self._asking
-            )
+            asker = torch.repeat_interleave(sequences, self._cu_queries.diff(), output_size=more)
             key = lists["key_index"] + self._cu_queries[row]
-            query = torch.arange(self._asking, device=bounds.device) + bounds[1:][asker]
-            source = torch.empty(each + self._asking, dtype=torch.int64, device=bounds.device)
-            source[key], source[query] = lists["key_index"], lists["query_index"]
-            C, B, dt = C[source], B[source], dt[source]
+            query = torch.arange(more, device=bounds.device) + bounds[1:][asker]
+
+            def beside(t: Tensor, rows: Tensor | None = None) -> Tensor:
+                out = t.new_zeros(each + more, *t.shape[1:])
+                out[key] = t
+                if rows is not None:
+                    out[query] = rows
+                return out
+
+            C, B, dt = beside(C, proxies), beside(B), beside(dt)
             lists |= {"key_index": key, "query_index": query}
             bounds = bounds + self._cu_queries
+        A = -torch.exp(A_log.to(dt.dtype)) if self.reducer.decay else None
         self.scores = ssd_token_scores(
             *(C, B, dt, A), cu_seqlens=bounds, decay=self.reducer.decay, **lists
         )
@@ -214,16 +229,20 @@ def run_reduced_layers(
 ) -> tuple[Tensor, list[Routing], KeptTokens]:
     """`run_layers` with reduction: h (b,l,d) -> (1,t,d) of the tokens that the last layer had, packed.
 
-    With a cache every layer's keys and values are those of its own tokens; its `lengths` count the whole sequences.
+    Tokens lie as they came, packed or dense, until rows become uneven, or so short that a cache would take them for
+    decoded ones; then packed. With a cache every layer's keys and values are those of its own tokens; its `lengths`
+    count the whole sequences.
 
     Raises:
         ValueError: no room in the cache; options that contradict each other, by name.
     """
     layers, routings = list(layers), []
+    if slots is not None and cache is None:
+        raise ValueError("slots say which part of a cache is meant; pass cache")
     tokens = Tokens(reducer, letters(layers), prompt)
     layer_caches, where = [None] * len(layers), {}
     if cache is not None:
-        counted, longest = tokens.counted, max(prompt.lengths)
+        counted, longest = tokens.counted, max(prompt.lengths, default=0)
         reduced = {l: tokens.reduced(l) for l in range(len(layers))}
         rows = counted.shape[0]
         cache.begin(rows, longest, slots, None, tokens.whole, reduced=reduced)

@@ -8,9 +8,13 @@ nothing.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tigon.modules.token_reducer import KeptTokens
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class Reducible:
 
     mask, alive (t) bool on the device: reducible, and there at all (None: all are). spans: (start, end) by sequence.
     text, visual: tokens of each sequence in layer 0. queries: tokens of each that ask. asks (t) bool: which, where they
-    were given; None: the last `queries` ones, behind all reducible tokens.
+    were given; None: the last `queries` ones, behind all reducible tokens. packed: whether layers are to see packed
+    sequences even where all are equally long. asked_by: an earlier call's `KeptTokens`, whose queries ask here again.
     """
 
     mask: Tensor
@@ -29,6 +34,8 @@ class Reducible:
     queries: tuple[int, ...]
     alive: Tensor | None = None
     asks: Tensor | None = None
+    packed: bool = False
+    asked_by: "KeptTokens | None" = None
 
     @classmethod
     def of(
@@ -39,6 +46,7 @@ class Reducible:
         *,
         keep: Tensor | None = None,
         queries: Tensor | None = None,
+        asked_by: "KeptTokens | None" = None,
     ) -> "Reducible":
         """Read a mask once.
 
@@ -48,6 +56,8 @@ class Reducible:
             keep: (b,l) bool, what a query-free reducer leaves of the reducible tokens (`video_redundancy_mask`,
                 `frame_difference_mask`): the others are gone before layer 0. Not looked at for text.
             queries: (b,l) bool, text tokens that ask, wherever they stand; None: those behind the last reducible token.
+            asked_by: what an earlier call with `queries` returned (`KeptTokens`): those ask of this call's tokens too,
+                for prompts that are read in chunks. As many sequences, in the same order.
 
         Raises:
             ValueError: masks that do not fit, and a sequence with reducible tokens and nobody to ask, by name.
@@ -67,6 +77,10 @@ class Reducible:
             lengths = [l] * b if num_tokens is None else _ints(num_tokens)
             _require(len(lengths) == b, f"has {b} rows, num_tokens has {len(lengths)}")
             spans = tuple((i * l, i * l + n) for i, n in enumerate(lengths))
+        if asked_by is not None:
+            _require(queries is None, "queries and asked_by exclude each other")
+            fits = len(asked_by.asking) == len(spans) and bool(asked_by.queries)
+            _require(fits, f"asked_by must be of a call with queries for {len(spans)} sequences")
         host = mask.flatten().cpu()
         left = host if keep is None else host & keep.flatten().cpu()
         asked = None if queries is None else (queries & ~mask).flatten().cpu()
@@ -76,7 +90,9 @@ class Reducible:
             among = int(here.sum())
             text.append(end - start - among)
             visual.append(int(left[start:end].sum()))
-            if asked is not None:
+            if asked_by is not None:
+                asking.append(asked_by.asking[r])
+            elif asked is not None:
                 asking.append(int(asked[start:end].sum()))
             else:
                 asking.append(int(here.flip(0).to(torch.uint8).argmax()) if among else 0)
@@ -92,7 +108,8 @@ class Reducible:
             alive = alive.to(mask.device, non_blocking=True)
         asks = None if queries is None else (queries & ~mask).flatten()
         counts = (tuple(text), tuple(visual), tuple(asking))
-        return cls(mask.flatten(), spans, *counts, alive, asks)
+        packed = cu_seqlens is not None
+        return cls(mask.flatten(), spans, *counts, alive, asks, packed, asked_by)
 
     def to(self, device: torch.device | str) -> "Reducible":
         """The same on a device."""
@@ -102,6 +119,11 @@ class Reducible:
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **moved)
+
+    @property
+    def by_proxy(self) -> bool:
+        """Whether tokens ask that do not stand behind what they score."""
+        return self.asks is not None or self.asked_by is not None
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ of a hybrid; who asks, and how weights become one score, is ours.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -98,11 +98,15 @@ class KeptTokens:
 
     index: by layer, (n_l) int64 rows of the flattened input, ascending within a sequence. counts: by layer, tokens of
     each sequence, which lie one after the other. starts: where each sequence begins in the flattened input.
+    queries: by layer that scores, inner rows (nq,…) of the tokens that `Reducible.of(queries=…)` named. asking: how
+    many tokens of each sequence ask.
     """
 
     index: tuple[Tensor, ...]
     counts: tuple[tuple[int, ...], ...]
     starts: tuple[int, ...]
+    queries: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    asking: tuple[int, ...] = ()
 
     def of(self, layer: int, sequence: int = 0) -> Tensor:
         """Places (n) int64 in its sequence of what one sequence has in one layer."""
