@@ -1,4 +1,5 @@
-"""`tigon demo`: the whole way on real text. Train the `tiny` preset, compare, save, generate, check the decode path."""
+"""`tigon demo`: the whole way on real text. Train the `tiny` preset, compare, save, generate, check the decode path.
+With --token-reduction another one: two-hop retrieval while tokens are dropped between the layers."""
 
 import argparse
 import os
@@ -8,11 +9,23 @@ PROMPT = "The following example shows how a class "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, default=90, help="time to train (default: 90)")
+    parser.add_argument(
+        "--token-reduction",
+        action="store_true",
+        help="instead: train two-hop retrieval, then compare ways to drop tokens (a few minutes)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="time to train (default: 90, or with --token-reduction 1200 steps)",
+    )
     parser.add_argument("--steps", type=int, help="train this many steps instead, however long")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument(
+        "--queries", type=int, default=1000, help="asked in --token-reduction (default: 1000)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,6 +33,12 @@ def run(args: argparse.Namespace) -> int:
     # Read when torch loads OpenMP. Threads that spin while they wait stop each other on busy cores: with two
     # threads on two cores shared with other work, 20 s were 2 training steps spinning and 32 sleeping.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if args.token_reduction:
+        from tigon.cli.demo_retrieval import run_retrieval
+
+        return run_retrieval(args)
+    if args.seconds is None:
+        args.seconds = 90
     from tigon.cli.demo_run import run_demo
 
     return run_demo(args)

@@ -34,7 +34,7 @@ def run_demo(args: argparse.Namespace) -> int:
         f"text: pydoc_data.topics, {len(training):,} bytes to train on, {len(held_out):,} held out (whole topics)\n"
         f"model: tiny, layers {model.config.pattern}, {count:,} parameters, bytes as tokens"
     )
-    with _progress(args) as report:
+    with Progress(args) as report:
         history = train(
             model,
             _ids(training),
@@ -62,25 +62,31 @@ def _ids(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
-class _progress:
-    """A context that gives a function (progress, nats) to call: a bar where rich is installed, else plain lines."""
+def _bits(nats: float) -> float:
+    return nats / math.log(2)
 
-    def __init__(self, args: argparse.Namespace):
+
+class Progress:
+    """A context that gives a function (progress, value) to call: a bar where rich is installed, else plain lines with
+    what `say` makes of the running mean."""
+
+    def __init__(self, args: argparse.Namespace, say=lambda nats: f"{_bits(nats):.2f} bits/byte"):
+        self.say = say
         self.goal = f"{args.seconds:.0f} s" if args.steps is None else f"{args.steps} steps"
         self.mean, self.next_line, self.bar = None, 0.0, None
 
     def __enter__(self):
         if find_spec("rich") is not None:
-            from rich.progress import Progress
+            from rich.progress import Progress as Bar
 
-            self.bar = Progress()
+            self.bar = Bar()
             self.bar.start()
             self.task = self.bar.add_task(f"training, {self.goal}", total=1.0)
         return self.report
 
-    def report(self, progress: float, nats: float) -> None:
-        self.mean = nats if self.mean is None else 0.95 * self.mean + 0.05 * nats
-        text = f"training, {self.goal}: {self.mean / math.log(2):.2f} bits/byte"
+    def report(self, progress: float, value: float) -> None:
+        self.mean = value if self.mean is None else 0.95 * self.mean + 0.05 * value
+        text = f"training, {self.goal}: {self.say(self.mean)}"
         if self.bar is not None:
             self.bar.update(self.task, completed=progress, description=text)
         elif progress >= self.next_line:

@@ -1,6 +1,6 @@
 """What a hybrid model remembers: by layer and slot, Mamba states or keys and values; by slot, the length."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ from tigon.modules.mamba_cache import MambaCache, ReplayMambaCache, SnapshotCach
 from tigon.ops.replay import ReplayCursor, replay_advance
 
 FLUSH = 16  # tokens between two writes of a state
+Reduced = dict[int, tuple[Tensor, int]]
 
 
 class HybridCache:
@@ -24,9 +25,12 @@ class HybridCache:
         rollback: how tokens of a call with commit=False are undone: None (no such calls), "replay" (Mamba layers keep
             their inputs and rewrite a state once in `flush` tokens), "snapshot" (a state a token).
         tokens: of a row in one such call, at most. flush: at least `tokens`; 16 if None, 32 for more tokens.
+        attention_lengths: room of each attention layer in tokens, where a reduced prefill (`TokenReducer`) leaves them
+            fewer than the sequence has; max_length if None.
 
     `lengths` (slots) int64 lives on the device; `model(ids, cache=cache)` advances it. With a rollback
-    `model(ids, cache=cache, commit=False)` does not, and `commit` then says how many of the tokens stay.
+    `model(ids, cache=cache, commit=False)` does not, and `commit` then says how many of the tokens stay. It counts the
+    tokens of the sequences; after a reduced prefill an attention layer holds fewer, and counts its own.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class HybridCache:
         rollback: str | None = None,
         tokens: int = 1,
         flush: int | None = None,
+        attention_lengths: Sequence[int] | None = None,
     ):
         if slots < 1 or max_length < 1:
             raise ValueError(
@@ -64,17 +69,57 @@ class HybridCache:
             "tokens": tokens,
             "cursor": self.cursor,
         }
-        self.layers = [self._allocate(layer, dtype, ssm_dtype, device, options) for layer in layers]
+        rooms = self._rooms(layers, attention_lengths)
+        self.layers = [
+            self._allocate(layer, room, dtype, ssm_dtype, device, options)
+            for layer, room in zip(layers, rooms, strict=True)
+        ]
+        if attention_lengths is not None:
+            self.separate()
         self._stepped = False
 
-    def _allocate(self, layer, dtype, ssm_dtype, device, options) -> MambaCache | KVCache | None:
+    def _rooms(self, layers: list[nn.Module], lengths: Sequence[int] | None) -> list[int]:
+        """Tokens by layer that it has room for; only attention layers ask."""
+        attention = [i for i, layer in enumerate(layers) if isinstance(layer, Attention)]
+        rooms = [self.max_length] * len(layers)
+        if lengths is None:
+            return rooms
+        if len(lengths) != len(attention) or any(n < 1 for n in lengths):
+            raise ValueError(
+                f"HybridCache: attention_lengths={tuple(lengths)} must be a positive number for each of the "
+                f"{len(attention)} attention layers"
+            )
+        for i, room in zip(attention, lengths):
+            rooms[i] = min(int(room), self.max_length)
+        return rooms
+
+    def _allocate(
+        self, layer, room, dtype, ssm_dtype, device, options
+    ) -> MambaCache | KVCache | None:
         if isinstance(layer, Mamba2):
             return layer.allocate_cache(
                 self.slots, dtype, ssm_dtype, device, lengths=self._lengths, **options
             )
         if isinstance(layer, Attention):
-            return layer.allocate_cache(self.slots, self.max_length, dtype, device, self._lengths)
+            return layer.allocate_cache(self.slots, room, dtype, device, self._lengths)
         return None
+
+    def separate(self) -> None:
+        """From here on every attention layer counts its own tokens; done by the first reduced call."""
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, KVCache) and layer.lengths is self._lengths:
+                lengths = replace(
+                    self._lengths, tensor=self.lengths.clone(), capacity=layer.keys.shape[1] - 1
+                )
+                self.layers[i] = replace(layer, lengths=lengths)
+
+    def _own(self) -> dict[int, Lengths]:
+        """By layer, the lengths of those that count for themselves."""
+        return {
+            i: layer.lengths
+            for i, layer in enumerate(self.layers)
+            if isinstance(layer, KVCache) and layer.lengths is not self._lengths
+        }
 
     @property
     def lengths(self) -> Tensor:
@@ -89,8 +134,12 @@ class HybridCache:
         num_tokens: Tensor | None,
         cu_seqlens: Tensor | None,
         commit: bool = True,
+        reduced: Reduced | None = None,
     ) -> Tensor:
-        """Real tokens of each row of a coming call, (rows) int64; raises where they have no room."""
+        """Real tokens of each row of a coming call, (rows) int64; raises where they have no room.
+
+        reduced: by layer, (rows) int64 tokens that get there and how many a row has at most; a call that drops tokens.
+        """
         if slots is None and rows > self.slots:
             raise ValueError(f"cache: {rows} rows for {self.slots} slots; pass slots")
         if slots is not None and tuple(slots.shape) != (rows,):
@@ -106,6 +155,10 @@ class HybridCache:
             raise RuntimeError("cache: with a rollback, call the model under torch.no_grad()")
         added = self._lengths.added(rows, length, num_tokens, cu_seqlens)
         self._lengths.check_room(slots, added, length)
+        if reduced is not None:
+            self.separate()
+        for i, lengths in self._own().items():
+            lengths.check_room(slots, *(reduced[i] if reduced else (added, length)))
         return added
 
     def _check_undoable(self, length: int) -> None:
@@ -118,11 +171,15 @@ class HybridCache:
                 f"cache: a call that may be undone holds at most {self.tokens} tokens a row, dense; got {length}"
             )
 
-    def finish(self, slots: Tensor | None, added: Tensor, length: int) -> None:
+    def finish(
+        self, slots: Tensor | None, added: Tensor, length: int, reduced: Reduced | None = None
+    ) -> None:
         """Count the tokens of a call, after the last layer."""
         if self._stepped:
             return self.commit(slots, added)
         self._lengths.advance(slots, added, length)
+        for i, lengths in self._own().items():
+            lengths.advance(slots, *(reduced[i] if reduced else (added, length)))
         if self.cursor is not None:
             rows = added.shape[0]
             if slots is None:
@@ -140,6 +197,8 @@ class HybridCache:
                 layer.keep(slots, num_new)
             elif path is not None and isinstance(layer, ReplayMambaCache | KVCache):
                 layer.keep_path(slots, path, num_new)
+        for lengths in self._own().values():
+            lengths.advance(slots, num_new, self.tokens)
         if self.cursor is None:
             return self._lengths.advance(slots, num_new, self.tokens)
         if slots is None:
@@ -149,13 +208,16 @@ class HybridCache:
 
     def bound_lengths(self, longest: int) -> None:
         """Tell what the host knows: no slot holds more than `longest` tokens. Attention then reads fewer keys."""
-        self._lengths.bound = min(longest, self.max_length)
+        for lengths in (self._lengths, *self._own().values()):
+            lengths.bound = min(longest, lengths.capacity)
 
     def _tensors(self) -> Iterator[Tensor]:
         yield self._lengths.tensor
         yield self.seeds
         if self.cursor is not None:
             yield self.cursor.checkpoint
+        for lengths in self._own().values():
+            yield lengths.tensor
         for layer in self.layers:
             if layer is not None:
                 yield from layer.tensors()
@@ -168,7 +230,7 @@ class HybridCache:
     def reset(self, slots: Tensor | None = None) -> None:
         """Forget what `slots` (i) int64 hold; all if None."""
         if slots is None:
-            self._lengths.bound = 0
+            self.bound_lengths(0)
         for tensor in self._tensors():
             if slots is None:
                 tensor.zero_()
@@ -204,6 +266,11 @@ class HybridCache:
                 layer = layer.selected(slots, **shared)
             elif isinstance(layer, KVCache):
                 keys, values = (t[slots] for t in layer.tensors())
-                layer = replace(layer, keys=keys, values=values, lengths=other._lengths)
+                lengths = layer.lengths
+                if lengths is self._lengths:
+                    lengths = other._lengths
+                else:
+                    lengths = replace(lengths, tensor=lengths.tensor[slots])
+                layer = replace(layer, keys=keys, values=values, lengths=lengths)
             other.layers.append(layer)
         return other

@@ -10,6 +10,7 @@ from tigon.generation.drafter import Drafter
 from tigon.generation.report import Clock
 from tigon.generation.sampling import Sampling
 from tigon.generation.tree import DraftTree
+from tigon.modules import Reducible, TokenReducer
 from tigon.ops.replay import MAX_FLUSH
 
 MOST_STEPPED = MAX_FLUSH  # tokens of a row that any cache takes by the decode ops
@@ -50,22 +51,50 @@ class Decoder:
         if self.drafter is not None:
             self.drafter.cache.bound_lengths(longest)
 
-    def prefill(self, slots: Tensor, ids: Tensor, num_tokens: Tensor) -> Step:
+    def prefill(
+        self,
+        slots: Tensor,
+        ids: Tensor,
+        num_tokens: Tensor,
+        reduction: TokenReducer | None = None,
+        reducible: Reducible | None = None,
+    ) -> Step:
         """Read prompts ids (b,l), padded on the right, into empty slots, and choose the first new token of each."""
-        model, rows = self.model, ids.shape[0]
-        # Wide enough for the scan: a prompt's bits must not depend on which others are read with it.
-        ids = torch.nn.functional.pad(ids, (0, max(0, MOST_STEPPED + 1 - ids.shape[1])))
+        model, rows, positions = self.model, ids.shape[0], num_tokens
         with self.clock.part("prefill"):
-            hidden = model.backbone(ids, cache=self.cache, slots=slots, num_tokens=num_tokens)
+            if reduction is None:
+                # Wide enough for the scan: a prompt's bits must not depend on which others are read with it.
+                ids = torch.nn.functional.pad(ids, (0, max(0, MOST_STEPPED + 1 - ids.shape[1])))
+                hidden = model.backbone(ids, cache=self.cache, slots=slots, num_tokens=num_tokens)
+            else:
+                hidden, ids, num_tokens = self._reduced(slots, ids, reduction, reducible)
             row = torch.arange(rows, device=ids.device)
             logits = model.lm_head(hidden[row, num_tokens - 1])[:, None]
             drafts = ids.new_empty(rows, 0)
-            tokens, accepted = self.sampling.verify(logits, slots, num_tokens, drafts, None)
+            tokens, accepted = self.sampling.verify(logits, slots, positions, drafts, None)
             if self.drafter is not None:
                 following = ids.roll(-1, 1)
                 following[row, num_tokens - 1] = tokens[:, 0].to(ids.dtype).clamp(min=0)
                 self.drafter.read_prompts(slots, hidden, following, num_tokens)
         return self._result(logits, tokens, accepted)
+
+    def _reduced(
+        self, slots: Tensor, ids: Tensor, reduction: TokenReducer, reducible: Reducible
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states and ids of the tokens that the last layer kept, padded on the right, and how many they are."""
+        hidden, kept = self.model.backbone(
+            *(ids, None, self.cache),
+            slots=slots,
+            reduction=reduction,
+            reducible=reducible,
+            return_plan=True,
+        )
+        counts, starts = kept.counts[-1], kept.bounds()[:-1]
+        place = [[s + min(i, n - 1) for i in range(max(counts))] for s, n in zip(starts, counts)]
+        place = torch.tensor(place).to(ids.device, non_blocking=True)
+        num_tokens = torch.tensor(counts).to(ids.device, non_blocking=True)
+        origin = kept.index[-1][place]
+        return hidden[0][place], ids.flatten()[origin], num_tokens
 
     def step(self, slots: Tensor, last: Tensor, drafts: int) -> Step:
         """From the last token (b) of each row, which the model has not read: at most drafts + 1 new ones."""

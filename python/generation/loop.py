@@ -15,6 +15,8 @@ from tigon.generation.graphs import StepGraphs
 from tigon.generation.report import Clock, Report
 from tigon.generation.sampling import RULES, Sampling
 from tigon.generation.tree import DraftTree
+from tigon.modules import Reducible, TokenReducer
+from tigon.modules.token_reducer import as_reducer
 from tigon.native.mamba2 import replay_flush
 from tigon.ops.dispatch import is_batch_invariant
 
@@ -84,6 +86,8 @@ def generate(
     flush: int | None = None,
     ssm_dtype: torch.dtype | None = None,
     rounding: str = "nearest",
+    reduction: TokenReducer | None = None,
+    reducible: Tensor | Sequence[Tensor | None] | None = None,
 ) -> list[Tensor] | tuple:
     """Continue prompts of any lengths, with drafts of the model's MTP head where it has one.
 
@@ -112,6 +116,9 @@ def generate(
         return_report: also return a `Report`.
         rollback: how rejected tokens are undone, "replay" or "snapshot". flush, ssm_dtype, rounding: of states, as in
             `HybridCache`.
+        reduction: a `tigon.modules.TokenReducer`, or the `ReductionSchedule` of one: prompts are read with tokens
+            dropped between the layers, and attention layers hold the ones that they had.
+        reducible: with it, (r,l) bool or r masks (l_i), True where a token may be dropped; None for a prompt of text.
 
     Returns:
         r tensors of new tokens int64 on the model's device; with logprobs, a list of fp32 tensors; with return_report,
@@ -134,6 +141,9 @@ def generate(
     longest = max(p.numel() for p in prompts)
     length = longest + max_new_tokens + width
     cache_options = {"ssm_dtype": ssm_dtype, "rounding": rounding}
+    reduced = _Reduced.of(model, reduction, reducible, prompts)
+    if reduced is not None:
+        cache_options["attention_lengths"] = reduced.rooms(max_new_tokens + width)
     if most or is_batch_invariant():
         cache_options |= {"rollback": rollback, "tokens": width, "flush": flush}
     elif device.type == "cuda" and "M" in model.config.pattern:
@@ -145,7 +155,7 @@ def generate(
     options = {"tree": tree, "logprobs": logprobs, "clock": clock}
     decoder = Decoder(model, cache, sampling, drafter, **options)
     per_row = (_seeds(seed, len(prompts), device), temperature, top_k, top_p)
-    run = _Run(decoder, prompts, per_row, stops, drafts, streamer)
+    run = _Run(decoder, prompts, per_row, stops, drafts, streamer, reduced)
     run.all()
     run.report.seconds = time.perf_counter() - start
     run.report.parts = clock.read()
@@ -160,7 +170,10 @@ def generate(
 class _Run:
     """Requests through slots: those that wait are read when a slot is free, then all that run decode together."""
 
-    def __init__(self, decoder: Decoder, prompts, per_row, stops: _Stops, drafts, streamer):
+    def __init__(
+        self, decoder: Decoder, prompts, per_row, stops: _Stops, drafts, streamer, reduced
+    ):
+        self.reduced = reduced
         self.decoder, self.stops, self.drafts, self.streamer = decoder, stops, drafts, streamer
         self.requests = [_Request(i, p) for i, p in enumerate(prompts)]
         self.waiting = deque(self.requests if stops.most else ())
@@ -198,7 +211,8 @@ class _Run:
         ids = torch.nn.utils.rnn.pad_sequence([r.prompt for r in new], batch_first=True)
         lengths = torch.tensor([r.prompt.numel() for r in new], device=self.device)
         decoder.bound_lengths(self._longest())  # those that run; the new slots are empty
-        step = decoder.prefill(slots, ids, lengths)
+        feed = () if self.reduced is None else self.reduced.feed([r.row for r in new], ids)
+        step = decoder.prefill(slots, ids, lengths, *feed)
         self.running += new
         self.slots = torch.cat([self.slots, slots])
         self.last = torch.cat([self.last, step.tokens[:, 0]])
@@ -252,6 +266,49 @@ class _Run:
         self.running = [self.running[i] for i in stay]
         index = torch.tensor(stay, dtype=torch.int64, device=self.device)
         self.slots, self.last = self.slots[index], self.last[index]
+
+
+@dataclass
+class _Reduced:
+    """How prompts are read with tokens dropped between the layers. masks: on the CPU."""
+
+    reducer: TokenReducer
+    pattern: str
+    masks: list[Tensor]
+
+    @classmethod
+    def of(cls, model, reduction, reducible, prompts: list[Tensor]) -> "_Reduced | None":
+        if (reduction is None) != (reducible is None):
+            raise ValueError("generate: reduction and reducible come together")
+        if reduction is None:
+            return None
+        masks = list(reducible)
+        if len(masks) != len(prompts):
+            raise ValueError(f"generate: {len(masks)} reducible masks for {len(prompts)} prompts")
+        for i, (mask, prompt) in enumerate(zip(masks, prompts)):
+            if mask is None:
+                masks[i] = torch.zeros(prompt.shape, dtype=torch.bool)
+            elif mask.shape != prompt.shape or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"generate: reducible of prompt {i} must be a bool {tuple(prompt.shape)}, got "
+                    f"{tuple(mask.shape)} {mask.dtype}"
+                )
+        masks = [mask.cpu() for mask in masks]
+        return cls(as_reducer(reduction), model.config.pattern, masks)
+
+    def rooms(self, more: int) -> list[int]:
+        """Tokens by attention layer of the prompt that leaves most there, and `more`."""
+        visual = [int(mask.sum()) for mask in self.masks]
+        text = [mask.numel() - n for mask, n in zip(self.masks, visual)]
+        counts = self.reducer.counts(self.pattern, visual, text)
+        return [max(n) + more for kind, n in zip(self.pattern, counts) if kind == "*"]
+
+    def feed(self, rows: list[int], ids: Tensor) -> tuple[TokenReducer, Reducible]:
+        """Arguments of `Decoder.prefill` for some prompts, ids (b,l) of which are padded on the right."""
+        masks = [self.masks[row] for row in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
+        lengths = [mask.numel() for mask in masks]
+        return self.reducer, Reducible.of(padded, num_tokens=lengths).to(ids.device)
 
 
 def _steps(decoder: Decoder) -> "Decoder | StepGraphs":

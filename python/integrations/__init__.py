@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tigon.integrations.report import PatchReport
+    from tigon.models.reduction_schedule import ReductionSchedule
+    from tigon.modules import TokenReducer
 
 # Package that defines a model's modules -> the adapter that patches them.
 _ADAPTERS = {"transformers": "tigon.integrations.transformers"}
@@ -20,7 +22,9 @@ _ADAPTERS = {"transformers": "tigon.integrations.transformers"}
 __all__ = ["patch", "register_experts", "unpatch"]
 
 
-def patch(model: nn.Module) -> PatchReport:
+def patch(
+    model: nn.Module, reduction: TokenReducer | ReductionSchedule | None = None
+) -> PatchReport:
     """Make a model use Tigon's ops, in place: this instance only, on CPU and GPU, in training and generation.
 
     Of transformers: Mamba-2 mixers, expert layers and norms of NemotronH and Mamba2 models, alone or inside another
@@ -34,6 +38,12 @@ def patch(model: nn.Module) -> PatchReport:
 
     Args:
         model: an `nn.Module` that holds supported modules, of one package.
+        reduction: for a NemotronH, how `model(ids, reducible=mask)` drops tokens between its layers: a
+            `tigon.modules.TokenReducer` or the `ReductionSchedule` of one. mask (b,l) bool, or a `Reducible`; rows must
+            have equally many tokens to drop and no padding. Logits are of the tokens that the last layer has, so no
+            labels. The cache then holds each layer's own tokens: its `kept_tokens` (`KeptTokens`) says which, and its
+            `get_seq_length()` counts those of the first attention layer. `model.generate(ids, reducible=mask)` works.
+            Calls without a mask are as ever.
 
     Returns:
         What was patched, by kind of module; `print` it.
@@ -42,7 +52,7 @@ def patch(model: nn.Module) -> PatchReport:
         ValueError: nothing in the model is supported; or a module has an option that Tigon's ops lack, or a
             `forward` of its own that would be lost. Nothing is patched then.
     """
-    return _adapter(model).patch(model)
+    return _adapter(model).patch(model, reduction)
 
 
 def unpatch(model: nn.Module) -> PatchReport:

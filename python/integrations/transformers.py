@@ -33,6 +33,8 @@ from tigon.integrations.transformers_moe import (
     moe_forward,
     router_forward,
 )
+from tigon.integrations.transformers_reduction import reduced_lm_forward, reduced_model_forward
+from tigon.modules.token_reducer import as_reducer
 from tigon.ops.conv1d import MAX_WIDTH
 from tigon.ops.ssd import MAX_DIM
 
@@ -70,7 +72,7 @@ def mixer_forward(
     past, state = _past(self, cache_params)
 
     xBC = _zero_padding(_convolve(self, xBC, cache_params, past, step, packing), attention_mask)
-    y = _scan(self, xBC, dt, cache_params, state, step, packing)
+    y = _scan(self, xBC, dt, cache_params, state, step, packing, kwargs.get("watch"))
     return self.out_proj(self.norm(y, z).to(hidden_states.dtype))
 
 
@@ -127,12 +129,16 @@ def _convolve(self, xBC, cache, past, step, packing) -> Tensor:
     return ops.causal_conv1d(xBC, weight, bias, initial_state=initial)
 
 
-def _scan(self, xBC, dt, cache, state, step, packing) -> Tensor:
+def _scan(self, xBC, dt, cache, state, step, packing, watch=None) -> Tensor:
     """(b, l, channels), (b,l,h) -> (b, l, h p)."""
     bc = self.n_groups * self.ssm_state_size
     x, B, C = xBC.split([self.intermediate_size, bc, bc], -1)
     x = x.unflatten(-1, (self.num_heads, self.head_dim))
     B, C = (t.unflatten(-1, (self.n_groups, self.ssm_state_size)) for t in (B, C))
+    if watch is not None:
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        sizes = nn.functional.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        watch(C, B, sizes.clamp(*self.time_step_limit))
     A = -torch.exp(self.A_log.float())
     options = {"D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True}
     options["dt_limit"] = tuple(self.time_step_limit)
@@ -195,12 +201,22 @@ _KINDS = {
     (f"transformers.models.{model}.modeling_{model}", name): forward
     for (model, name), forward in _FORWARDS.items()
 }
-_OURS = frozenset(_FORWARDS.values())
+_OURS = frozenset(_FORWARDS.values()) | {reduced_model_forward, reduced_lm_forward}
+_NEMOTRON_H = "transformers.models.nemotron_h.modeling_nemotron_h"
+_STACK = (_NEMOTRON_H, "NemotronHModel")  # and the model around it: patched for a reduction alone
+_LM = (_NEMOTRON_H, "NemotronHForCausalLM")
 _LAYERS = (mixer_forward, moe_forward)  # one of which a model has if it is worth patching
 
 
-def patch(model: nn.Module) -> PatchReport:
+def patch(model: nn.Module, reduction=None) -> PatchReport:
     """See `tigon.patch`."""
+    stacks = [m for m in model.modules() if _is_stack(m)]
+    if reduction is not None:
+        reduction = as_reducer(reduction)
+        if not stacks:
+            raise ValueError(
+                f"tigon.patch: reduction needs a NemotronH, got {type(model).__name__}"
+            )
     found = [(name, m, kind) for name, m in model.named_modules() if (kind := _kind(m))]
     if not any(_KINDS[kind] in _LAYERS for _, _, kind in found):
         raise ValueError(
@@ -210,35 +226,61 @@ def patch(model: nn.Module) -> PatchReport:
     _check_version()
     for name, module, kind in found:
         _check(name, module, kind)
+    for stack in stacks if reduction is not None else ():
+        _check_own(type(stack).__name__, stack)
     already = 0
     for _, module, kind in found:
         slot = _slot(module)
         already += _is_ours(module.__dict__.get(slot))
         module.__dict__[slot] = partial(_KINDS[kind], module)
-    return PatchReport(dict(Counter(kind[1] for _, _, kind in found)), already)
+    counts = Counter(kind[1] for _, _, kind in found)
+    for stack in stacks:
+        already += _restore(stack) and reduction is not None
+        if reduction is not None:
+            is_lm = _LM in _names(stack)
+            forward = reduced_lm_forward if is_lm else reduced_model_forward
+            options = {} if is_lm else {"reducer": reduction}
+            stack.__dict__[_slot(stack)] = partial(forward, stack, **options)
+            counts[type(stack).__name__] += 1
+    return PatchReport(dict(counts), already)
 
 
 def unpatch(model: nn.Module) -> PatchReport:
     """See `tigon.unpatch`."""
     counts, already = Counter(), 0
     for module in model.modules():
+        if _is_stack(module):
+            counts[type(module).__name__] += _restore(module)
         if (kind := _kind(module)) is None:
             continue
         counts[kind[1]] += 1
-        slot = _slot(module)
-        if not _is_ours(module.__dict__.get(slot)):
-            already += 1
-        elif slot == "forward":
-            del module.__dict__[slot]
-        else:
-            module.__dict__[slot] = type(module).forward.__get__(module)
-    return PatchReport(dict(counts), already)
+        already += not _restore(module)
+    return PatchReport({name: n for name, n in counts.items() if n}, already)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    return not {_STACK, _LM}.isdisjoint(_names(module))
+
+
+def _restore(module: nn.Module) -> bool:
+    """Give a module its own forward back; whether it had one of ours."""
+    slot = _slot(module)
+    if not _is_ours(module.__dict__.get(slot)):
+        return False
+    if slot == "forward":
+        del module.__dict__[slot]
+    else:
+        module.__dict__[slot] = type(module).forward.__get__(module)
+    return True
+
+
+def _names(module: nn.Module) -> list[tuple[str, str]]:
+    return [(base.__module__, base.__name__) for base in type(module).__mro__]
 
 
 def _kind(module: nn.Module) -> tuple[str, str] | None:
     """(Python module, class) of the supported class that this is an instance of: FSDP and others subclass it."""
-    names = ((base.__module__, base.__name__) for base in type(module).__mro__)
-    return next((name for name in names if name in _KINDS), None)
+    return next((name for name in _names(module) if name in _KINDS), None)
 
 
 def _slot(module: nn.Module) -> str:
@@ -260,6 +302,13 @@ def _check_version() -> None:
         )
 
 
+def _check_own(name: str, module: nn.Module) -> None:
+    own = module.__dict__.get(_slot(module))
+    is_original = getattr(own, "__func__", None) is type(module).forward
+    if not (own is None or _is_ours(own) or is_original):
+        raise ValueError(f"tigon.patch: {name} has a forward of its own already")
+
+
 def _check(name: str, module: nn.Module, kind: tuple[str, str]) -> None:
     """Refuse, before anything is changed, what Tigon's ops lack or what patching would lose."""
 
@@ -267,9 +316,7 @@ def _check(name: str, module: nn.Module, kind: tuple[str, str]) -> None:
         if not holds:
             raise ValueError(f"tigon.patch: {name} ({kind[1]}) {what}")
 
-    own = module.__dict__.get(_slot(module))
-    is_original = getattr(own, "__func__", None) is type(module).forward
-    require(own is None or _is_ours(own) or is_original, "has a forward of its own already")
+    _check_own(f"{name} ({kind[1]})", module)
     fault = fault_of(module) if _KINDS[kind] in (router_forward, experts_forward) else None
     require(fault is None, fault)
     if _KINDS[kind] is not mixer_forward:

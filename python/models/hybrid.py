@@ -20,7 +20,10 @@ from tigon.models.presets import preset
 from tigon.modules import MLP, MTP, Attention, Experts, LatentMoE, Linear, Mamba2, RMSNorm, Router
 from tigon.modules.latent_moe import router_losses, total_counts
 from tigon.modules.mtp_loss import MTPLosses, mtp_losses
+from tigon.modules.reduced_stack import run_reduced_layers
+from tigon.modules.reducible import Reducible
 from tigon.modules.stack import run_layers
+from tigon.modules.token_reducer import TokenReducer, as_reducer
 from tigon.ops import Routing
 
 Device = torch.device | str | None
@@ -117,11 +120,31 @@ class Backbone(nn.Module):
         num_tokens: Tensor | None = None,
         mask: Tensor | None = None,
         return_routing: bool = False,
+        reduction: TokenReducer | None = None,
+        reducible: Tensor | Reducible | None = None,
+        return_plan: bool = False,
         **undoable,
-    ) -> Tensor | tuple[Tensor, list[Routing]]:
-        """(b,l,d_model); arguments as in `HybridLM.forward`."""
+    ) -> Tensor | tuple:
+        """(b,l,d_model); with a reduction (1,t,d_model). Arguments as in `HybridLM.forward`."""
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (b, l)")
+        if reduction is not None:
+            if mask is not None or undoable:
+                names = ", ".join([*undoable, *(["mask"] if mask is not None else [])])
+                raise ValueError(f"reduction and {names} cannot be combined")
+            prompt = _reducible(input_ids, reducible, cu_seqlens, num_tokens)
+            h, routings, kept = run_reduced_layers(
+                self.layers,
+                self.embeddings(input_ids).to(self.residual_dtype),
+                *(prompt, as_reducer(reduction), cache),
+                slots=slots,
+                return_routing=return_routing,
+            )
+            found = [self.norm_f(h.to(self.norm_f.weight.dtype))]
+            found += [routings] * return_routing + [kept] * return_plan
+            return found[0] if len(found) == 1 else tuple(found)
+        if reducible is not None or return_plan:
+            raise ValueError("reducible and return_plan are of a reduced call; pass reduction")
         h, routings = run_layers(
             self.layers,
             self.embeddings(input_ids).to(self.residual_dtype),
@@ -135,6 +158,23 @@ class Backbone(nn.Module):
         )
         h = self.norm_f(h.to(self.norm_f.weight.dtype))
         return (h, routings) if return_routing else h
+
+
+def _reducible(ids: Tensor, reducible, cu_seqlens, num_tokens) -> Reducible:
+    """What a caller gave, fitting its input."""
+    if isinstance(reducible, Tensor):
+        if reducible.shape != ids.shape:
+            given, wanted = tuple(reducible.shape), tuple(ids.shape)
+            raise ValueError(f"reducible has shape {given}, input_ids {wanted}")
+        return Reducible.of(reducible, cu_seqlens, num_tokens)
+    if not isinstance(reducible, Reducible):
+        kind = type(reducible).__name__
+        raise TypeError(f"reduction needs reducible, a bool mask or a Reducible; got {kind}")
+    if reducible.mask.shape[0] != ids.numel():
+        raise ValueError(
+            f"reducible is of {reducible.mask.shape[0]} tokens, input_ids of {ids.numel()}"
+        )
+    return reducible
 
 
 class Losses(NamedTuple):
@@ -230,8 +270,11 @@ class HybridLM(nn.Module):
         num_tokens: Tensor | None = None,
         mask: Tensor | None = None,
         return_routing: bool = False,
+        reduction: TokenReducer | None = None,
+        reducible: Tensor | Reducible | None = None,
+        return_plan: bool = False,
         **undoable,
-    ) -> Tensor | tuple[Tensor, list[Routing]]:
+    ) -> Tensor | tuple:
         """Logits (b,l,V) in fp32, or the mean cross entropy in nats if labels are given; in training mode the router
         losses of the config and those of multi-token prediction are added to it (see `losses`).
 
@@ -245,6 +288,12 @@ class HybridLM(nn.Module):
             mask: (b,l) bool, False at padding on the right that no expert is to see or count; num_tokens says it too.
             return_routing: also return the `Routing` of every E layer, for `update_bias` and statistics; where the
                 losses of multi-token prediction are added, those of its E layers follow, depth by depth.
+            reduction: a `tigon.modules.TokenReducer`, or the `ReductionSchedule` of one: tokens are dropped between the
+                layers. Logits, and labels that count, are then those of the tokens that the last layer has: (1,t,V),
+                packed; return_plan says which. A cache goes on counting all tokens of its sequences.
+            reducible: (b,l) bool, the tokens that may be dropped, read by the host once; or a `Reducible` prepared
+                before, which knows the lengths (cu_seqlens and num_tokens are then not looked at).
+            return_plan: also return, last, the `KeptTokens`.
             undoable: commit=False leaves the tokens uncounted until `cache.commit` says how many of them stay;
                 ancestors (b,l) int32 makes them nodes of a tree (`Mamba2.forward`). Both need a cache with a rollback.
 
@@ -255,14 +304,16 @@ class HybridLM(nn.Module):
         if labels is not None and undoable:
             raise ValueError(f"labels and {', '.join(undoable)}: a loss is of tokens that stay")
         if labels is not None:
+            where |= {"reduction": reduction, "reducible": reducible}
             found = self.losses(
                 input_ids, labels, cu_seqlens, cache, return_routing=return_routing, **where
             )
             return (found.total, found.routings) if return_routing else found.total
-        where |= undoable | {"return_routing": return_routing}
+        where |= undoable | {"return_routing": return_routing, "return_plan": return_plan}
+        where |= {"reduction": reduction, "reducible": reducible}
         hidden = self.backbone(input_ids, cu_seqlens, cache, **where)
-        if return_routing:
-            return self.logits(hidden[0]), hidden[1]
+        if isinstance(hidden, tuple):
+            return self.logits(hidden[0]), *hidden[1:]
         return self.logits(hidden)
 
     def losses(
@@ -276,21 +327,31 @@ class HybridLM(nn.Module):
         num_tokens: Tensor | None = None,
         mask: Tensor | None = None,
         return_routing: bool = False,
+        reduction: TokenReducer | None = None,
+        reducible: Tensor | Reducible | None = None,
     ) -> Losses:
         """The loss of `forward` and its parts; arguments as there.
 
             total = cross entropy + mtp_loss_coef mean_d(loss_d) + router losses        in training mode, else the first
 
         loss_d, d = 1..mtp_repeats, is the mean cross entropy of the token d places after the next. A call with a cache
-        has none: the drafter would not see what the cache holds.
+        has none: the drafter would not see what the cache holds. With a reduction both are of the tokens that the last
+        layer has, one after the other; the label of a dropped token does not count.
         """
         config, train = self.config, self.training
         coefs = (config.router_aux_loss_coef, config.router_z_loss_coef)
         predicts = train and cache is None and self.mtp is not None and config.mtp_loss_coef
         keeps = return_routing or (train and any(coefs))
         where = {"slots": slots, "num_tokens": num_tokens, "mask": mask}
-        hidden = self.backbone(input_ids, cu_seqlens, cache, return_routing=keeps, **where)
-        hidden, routings = hidden if keeps else (hidden, [])
+        if reduction is not None:
+            where |= {"reduction": reduction, "reducible": reducible, "return_plan": True}
+        found = self.backbone(input_ids, cu_seqlens, cache, return_routing=keeps, **where)
+        hidden, *rest = found if isinstance(found, tuple) else (found,)
+        routings = rest[0] if keeps else []
+        if reduction is not None:
+            kept = rest[-1]
+            input_ids, labels = (t.flatten()[kept.index[-1]][None] for t in (input_ids, labels))
+            cu_seqlens = torch.tensor(kept.bounds(), device=labels.device)
         nats = F.cross_entropy(
             self.logits(hidden).flatten(0, 1), labels.flatten(), ignore_index=-100
         )

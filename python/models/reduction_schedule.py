@@ -135,6 +135,7 @@ class ReductionSchedule:
         visual: int | None = None,
         text: int = 0,
         itemsize: int = 2,
+        scored: str = MIXERS,
     ) -> ReductionPlan:
         """Kept shares by layer that meet the budget.
 
@@ -142,6 +143,8 @@ class ReductionSchedule:
             layers: a number of mixers, a pattern such as "M-M*-", or a config.
             visual, text: tokens of one prompt; with a config the plan then holds kept tokens, FLOPs and bytes by layer.
             itemsize: bytes of a weight or activation.
+            scored: letters of the layers whose scores choose; others pass on the last ones. Before the first of them no
+                layer drops anything.
 
         Raises:
             ValueError: the budget is out of this family's reach on these layers; says the range.
@@ -150,21 +153,28 @@ class ReductionSchedule:
         pattern = config.pattern if config else "M" * layers if isinstance(layers, int) else layers
         if not pattern:
             raise ValueError("ReductionSchedule: layers must be 1 or more")
-        shares = self._solve(pattern)
+        shares = self._solve(_choosers(pattern, scored))
         if config is None or visual is None:
             return ReductionPlan(shares)
         if visual < 0 or text < 0:
             raise ValueError(
                 f"ReductionSchedule: visual={visual} and text={text} must be 0 or more"
             )
-        rows, kept = [], visual
-        for kind, share in zip(pattern, shares, strict=True):
-            wanted = math.ceil(share * visual - 1e-9)
-            kept = min(kept, -(-wanted // self.multiple) * self.multiple)
+        rows = []
+        for kind, share, kept in zip(pattern, shares, self.kept(shares, visual), strict=True):
             flops, moved = layer_work(config, kind, kept + text, itemsize)
             rows.append(LayerPlan(kind, share, kept, kept + text, flops, moved))
         full = [layer_work(config, kind, visual + text, itemsize) for kind in pattern]
         return ReductionPlan(shares, tuple(rows), *map(sum, zip(*full, strict=True)))
+
+    def kept(self, shares: tuple[float, ...], visual: int) -> list[int]:
+        """Visual tokens of each layer of a prompt that has `visual` of them."""
+        found, kept = [], visual
+        for share in shares:
+            wanted = math.ceil(share * visual - 1e-9)
+            kept = min(kept, -(-wanted // self.multiple) * self.multiple)
+            found.append(kept)
+        return found
 
     def _ramp(self, x: float, l: int, count: int, final: float, gamma: float) -> float:
         """The share that layer l would keep if every layer could choose."""
@@ -241,6 +251,12 @@ class ReductionSchedule:
             f"ReductionSchedule: {asked} cannot be reached by {self.kind!r} on {len(pattern)} layers: {name} can be "
             f"{low:.3f} to {high:.3f}{hint}"
         )
+
+
+def _choosers(pattern: str, scored: str) -> str:
+    """The pattern with '-' for every mixer that has no scores yet to choose by."""
+    first = next((l for l, kind in enumerate(pattern) if kind in scored), len(pattern))
+    return "-" * first + pattern[first:]
 
 
 def _mean(shares: tuple[float, ...]) -> float:

@@ -11,8 +11,10 @@ from tigon.modules.mlp import MLP, GatedMLP
 from tigon.modules.mtp import MTP
 from tigon.modules.norm import GatedRMSNorm, RMSNorm
 from tigon.modules.nvfp4_linear import NVFP4Linear
+from tigon.modules.reducible import Reducible
 from tigon.modules.sharding import fully_shard
 from tigon.modules.state import KVCache, Lengths
+from tigon.modules.token_reducer import KeptTokens, TokenReducer
 
 __all__ = [
     "MLP",
@@ -23,6 +25,7 @@ __all__ = [
     "GatedMLP",
     "GatedRMSNorm",
     "KVCache",
+    "KeptTokens",
     "LatentMoE",
     "Lengths",
     "Linear",
@@ -30,7 +33,9 @@ __all__ = [
     "MambaCache",
     "NVFP4Linear",
     "RMSNorm",
+    "Reducible",
     "Router",
+    "TokenReducer",
     "fully_shard",
     "router_losses",
 ]

@@ -7,6 +7,7 @@ Shapes: q (b,l,hq,dim), k and v (b,l,hkv,dim). Sources: Ainslie et al. 2023, "GQ
 Nemotron-H (arXiv 2504.03624) for the absence of positions: the Mamba layers carry them.
 """
 
+from collections.abc import Callable
 from functools import cache as once
 from importlib.util import find_spec
 from itertools import pairwise
@@ -146,6 +147,7 @@ class Attention(nn.Module):
         num_tokens: Tensor | None = None,
         ancestors: Tensor | None = None,
         first_node: int = 0,
+        watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Mix tokens; with a cache, after those that it holds, and add the new ones to it.
 
@@ -154,6 +156,7 @@ class Attention(nn.Module):
 
         first_node: how many tokens earlier calls have written behind those that `lengths` counts. With ancestors the
             bits count from the first of them, and there are 32 at most.
+        watch: called with q and k of the call's tokens, (b,l,heads,dim): token scores are made of them.
         """
         check_feed("Attention", cu_seqlens, cache, slots, num_tokens)
         if ancestors is not None and (cache is None or cu_seqlens is not None):
@@ -161,6 +164,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if watch is not None:
+            watch(q, k)
         fresh = cache is None or cache.lengths.bound + first_node == 0
         if cache is not None:
             b, length = x.shape[:2]

@@ -9,8 +9,10 @@ Source: Dao and Gu 2024 (arXiv 2405.21060), section 7.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tigon.modules.linear import Linear, activation_dtype
@@ -186,6 +188,8 @@ class Mamba2(nn.Module):
         slots: Tensor | None = None,
         num_tokens: Tensor | None = None,
         ancestors: Tensor | None = None,
+        watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+        counted: Tensor | None = None,
     ) -> Tensor:
         """Mix tokens; with a cache, continue its sequences and leave their new states there.
 
@@ -199,11 +203,17 @@ class Mamba2(nn.Module):
                 finite and mean nothing. Needs cache; packed batches have none.
             ancestors: (b,l) int32, the tokens are nodes of a tree: bit j of a node's is set for every node j on the way
                 from the first one to it, itself included. Needs a cache with rollback="replay".
+            watch: called with C, B (b,l,g,n) after the convolution and dt (b,l,h) after softplus and limit: token
+                scores are made of them. Not in calls that the decode ops take.
+            counted: (s) int64, tokens that the cache will count for each sequence, where some were dropped on the way
+                here. Not in calls that the decode ops take.
         """
         check_feed("Mamba2", cu_seqlens, cache, slots, num_tokens)
         z0, x0, z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
         if cache is None:
             x, B, C = self._heads(self.conv1d(xBC, cu_seqlens=cu_seqlens))
+            if watch is not None:
+                watch(C, B, self._step_sizes(dt))
             y = ssd_scan(x, dt, B=B, C=C, cu_seqlens=cu_seqlens, **self._scan_arguments(z))
         elif cu_seqlens is None and u.shape[1] <= cache.most_tokens and not self._wants_gradient(u):
             y = cache.step(
@@ -211,7 +221,8 @@ class Mamba2(nn.Module):
                 *(slots, num_tokens, ancestors),
             )
         else:
-            y = self._continue(xBC, dt, z, cu_seqlens, cache, slots, num_tokens)
+            feed = (xBC, dt, z, cu_seqlens, cache, slots, num_tokens)
+            y = self._continue(*feed, watch, counted)
         y = y.flatten(-2)
         if self.rmsnorm:
             y = self.norm(y, z)
@@ -247,12 +258,19 @@ class Mamba2(nn.Module):
         leaves = (u, *self.parameters())
         return torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
 
-    def _continue(self, xBC, dt, z, cu_seqlens, cache, slots, num_tokens) -> Tensor:
+    def _step_sizes(self, dt: Tensor) -> Tensor:
+        """dt (…,h) as it enters the scan."""
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        return F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
+
+    def _continue(self, xBC, dt, z, cu_seqlens, cache, slots, num_tokens, watch, counted) -> Tensor:
         """Any number of tokens, dense or packed, from the cache's states to new ones."""
         shape = xBC.shape[:2]
         rows = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         conv, ssm = cache.read(slots, rows, self._decay())
-        added = cache.lengths.added(rows, shape[1], num_tokens, cu_seqlens)
+        added = counted
+        if added is None:
+            added = cache.lengths.added(rows, shape[1], num_tokens, cu_seqlens)
         ragged = num_tokens is not None
         if ragged:
             # Each row becomes two packed sequences, its tokens and its padding: states stop at the last real token.
@@ -263,6 +281,8 @@ class Mamba2(nn.Module):
             xBC, cu_seqlens=cu_seqlens, initial_state=conv.to(xBC.dtype), return_final_state=True
         )
         x, B, C = self._heads(xBC)
+        if watch is not None:
+            watch(C, B, self._step_sizes(dt))
         y, ssm = ssd_scan(
             *(x, dt),
             B=B,
