@@ -43,7 +43,7 @@ def letters(layers: Iterable[nn.Module]) -> str:
 class Tokens:
     """The tokens of a reduced call on their way through the layers: what is left, and who is asked.
 
-    Between layers: `enter` the first, `watch(l)` while layer l runs, `leave(l, …)` behind it.
+    `enter` the first layer, hand `watch(l, …)` to layer l, `leave` it for the next.
     """
 
     def __init__(self, reducer: TokenReducer, pattern: str, prompt: Reducible):
@@ -149,7 +149,9 @@ class Tokens:
     def kept(self) -> KeptTokens:
         """By layer, what it ran on."""
         starts = tuple(start for start, _ in self.prompt.spans)
-        return KeptTokens(tuple(self.index), self.counts, starts, self.queries, self.prompt.queries)
+        asked_by = self.prompt.asked_by
+        queries = self.queries if asked_by is None else asked_by.queries
+        return KeptTokens(tuple(self.index), self.counts, starts, queries, self.prompt.queries)
 
     def _lists(self) -> dict:
         """The asking tokens of the present layer, behind the rest; everybody is scored, and text stays whatever its

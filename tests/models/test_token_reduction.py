@@ -269,23 +269,22 @@ def test_drafts_after_a_reduced_prefill_change_no_token():
     model = build(mtp_pattern="*E")
     prompts, masks = [row for row, _ in ROWS], [flags for _, flags in ROWS]
     run = {"reduction": LINEAR, "reducible": masks, "stop_ids": ()}
-    plain = generate(model, prompts, 24, draft_tokens=0, **run)
+    plain = generate(model, prompts, 12, draft_tokens=0, **run)
     for options in (
         {"draft_tokens": 3},
-        {"draft_tokens": 2, "max_slots": 2},
-        {"draft_tokens": 3, "rollback": "snapshot"},
+        {"draft_tokens": 2, "max_slots": 2, "rollback": "snapshot"},
         {"tree": (2, 2)},
     ):
-        drafted, report = generate(model, prompts, 24, return_report=True, **options, **run)
+        drafted, report = generate(model, prompts, 12, return_report=True, **options, **run)
         assert all(map(torch.equal, plain, drafted))
-        assert report.new_tokens == 96
+        assert report.new_tokens == 48
     for r, (row, flags) in enumerate(ROWS):
         cache = model.allocate_cache(1, 100)
         logits = model(row[None], None, cache, reduction=LINEAR, reducible=flags[None])
         for token in plain[r]:
             assert int(logits[0, -1].argmax()) == token
             logits = model(token.view(1, 1), cache=cache)
-    full = generate(model, prompts, 24, draft_tokens=0, stop_ids=())
+    full = generate(model, prompts, 12, draft_tokens=0, stop_ids=())
     assert any(not torch.equal(a, b) for a, b in zip(plain, full))
 
 
