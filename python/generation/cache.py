@@ -48,6 +48,8 @@ class HybridCache:
         flush: int | None = None,
         attention_lengths: Sequence[int] | None = None,
     ):
+        if rollback not in (None, "replay", "snapshot"):
+            raise ValueError(f"rollback must be 'replay', 'snapshot' or None, got {rollback!r}")
         if slots < 1 or max_length < 1:
             raise ValueError(
                 f"HybridCache: slots={slots} and max_length={max_length} must be positive"
@@ -59,7 +61,8 @@ class HybridCache:
         self.seeds = torch.zeros(slots, dtype=torch.int64, device=device)
         self.cursor = None
         if rollback == "replay":
-            flush = flush or (FLUSH if tokens <= FLUSH else 2 * FLUSH)
+            if flush is None:
+                flush = FLUSH if tokens <= FLUSH else 2 * FLUSH
             self.cursor = ReplayCursor.allocate(slots, flush, device)
             self.cursor.length = self._lengths.tensor
         options = {
@@ -76,7 +79,7 @@ class HybridCache:
         ]
         if attention_lengths is not None:
             self.separate()
-        self._stepped = False
+        self._stepped, self._fed = False, 0
 
     def _rooms(self, layers: list[nn.Module], lengths: Sequence[int] | None) -> list[int]:
         """Tokens by layer that it has room for; only attention layers ask."""
@@ -149,6 +152,7 @@ class HybridCache:
                 f"cache: num_tokens has shape {tuple(num_tokens.shape)}, expected ({rows},)"
             )
         self._stepped = self.rollback is not None and cu_seqlens is None and length <= self.tokens
+        self._fed = length
         if not commit:
             self._check_undoable(length)
         if self._stepped and torch.is_grad_enabled():
@@ -190,25 +194,29 @@ class HybridCache:
         """Keep num_new (b) int64 tokens of a call with commit=False and forget the others.
 
         path: (b,j) int32, of a tree: the node that becomes token i + 1 (`verify_tree` gives it); token 0 is node 0.
-        None of the rows keeps more than `tokens`.
+        No row keeps more tokens than the call had.
         """
+        num_new = num_new.clamp(max=self._fed)
         for layer in self.layers:
             if isinstance(layer, SnapshotCache):
                 layer.keep(slots, num_new)
             elif path is not None and isinstance(layer, ReplayMambaCache | KVCache):
                 layer.keep_path(slots, path, num_new)
         for lengths in self._own().values():
-            lengths.advance(slots, num_new, self.tokens)
+            lengths.advance(slots, num_new, self._fed)
         if self.cursor is None:
-            return self._lengths.advance(slots, num_new, self.tokens)
+            return self._lengths.advance(slots, num_new, self._fed)
         if slots is None:
             slots = torch.arange(num_new.shape[0], device=num_new.device)
         replay_advance(self.cursor, slots, num_new)
-        self._lengths.bound = min(self.max_length, self._lengths.bound + self.tokens)
+        self._lengths.bound = min(self.max_length, self._lengths.bound + self._fed)
+
+    def _all_lengths(self) -> tuple[Lengths, ...]:
+        return (self._lengths, *self._own().values())
 
     def bound_lengths(self, longest: int) -> None:
         """Tell what the host knows: no slot holds more than `longest` tokens. Attention then reads fewer keys."""
-        for lengths in (self._lengths, *self._own().values()):
+        for lengths in self._all_lengths():
             lengths.bound = min(longest, lengths.capacity)
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -237,17 +245,28 @@ class HybridCache:
             else:
                 tensor.index_fill_(0, slots, 0)
 
-    def copy(self, source: Tensor, target: Tensor) -> None:
-        """Slot target[i] becomes a copy of slot source[i], both (i) int64; all sources are read first."""
-        for tensor in self._tensors():
-            tensor.index_copy_(0, target, tensor[source])
+    def copy(self, source: Tensor, target: Tensor, other: "HybridCache | None" = None) -> None:
+        """Slot target[i] becomes a copy of slot source[i], both (i) int64; all sources are read first.
+
+        other: the cache of the sources, made alike (`select` makes one); this one if None.
+        """
+        other = self if other is None else other
+        mine, theirs = list(self._tensors()), list(other._tensors())
+        alike = [a.shape[1:] == b.shape[1:] and a.dtype == b.dtype for a, b in zip(mine, theirs)]
+        if len(mine) != len(theirs) or not all(alike):
+            raise ValueError("cache: copy is between caches that were allocated alike")
+        for a, b in zip(mine, theirs):
+            a.index_copy_(0, target, b[source])
+        pairs = zip(self._all_lengths(), other._all_lengths())
+        for lengths, there in pairs:
+            lengths.bound = max(lengths.bound, there.bound)
 
     def fork(self, slot: int, targets: Tensor) -> None:
         """Every slot of `targets` (i) int64 becomes a copy of one slot: beams, samples of one prompt."""
         self.copy(torch.full_like(targets, slot), targets)
 
     def select(self, slots: Tensor) -> "HybridCache":
-        """A new cache whose slot i is a copy of slot slots[i]: a preempted sequence that is to come back."""
+        """A new cache whose slot i is a copy of slot slots[i]: a preempted sequence that is to come back (`copy`)."""
         other = object.__new__(HybridCache)
         other.__dict__.update(self.__dict__)
         other.slots = slots.numel()

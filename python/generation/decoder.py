@@ -27,7 +27,8 @@ class Step:
 
 
 class Decoder:
-    """The model, its cache, and a drafter or None. longest: tokens of the fullest slot, as the host knows them."""
+    """The model, its cache, and a drafter or None. longest: tokens of the fullest slot, as the host knows them. settled:
+    whether the last step took the time that such a step takes (a graph's first two do not)."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Decoder:
         self.tree, self.logprobs = tree, logprobs
         self.clock = clock or Clock(None)
         self.longest = 0
+        self.settled = True
 
     def bound_lengths(self, longest: int) -> None:
         """Tell what the host knows: no slot holds more than `longest` tokens. Attention then reads fewer keys."""
@@ -105,7 +107,9 @@ class Decoder:
         if drafts:
             with self.clock.part("draft"):
                 guessed, guess_logits = self.drafter.draft(
-                    slots, drafts, positions, lambda t, at: self.sampling.draft(t, slots, at)
+                    *(slots, drafts, positions),
+                    lambda t, at: self.sampling.draft(t, slots, at),
+                    keep_logits=self.sampling.rejects,
                 )
         ids = torch.cat([last[:, None], guessed], 1)
         hidden, logits = self._pass(slots, ids)
@@ -130,7 +134,7 @@ class Decoder:
         with self.clock.part("draft"):
             guessed = self.drafter.draft_tree(slots, tree, positions, self._scores(slots))
         ids = torch.cat([last[:, None], guessed], 1)
-        bits = tree.bits.to(slots.device).expand(rows, -1)
+        bits = tree.bits.expand(rows, -1)
         hidden, logits = self._pass(slots, ids, ancestors=bits)
         with self.clock.part("accept"):
             found = self.sampling.verify_tree(logits, slots, positions, ids, tree)

@@ -63,11 +63,17 @@ class Drafter:
         write_slots(self.count, before + num, slots)
         self.bound += m
 
+    @property
+    def unread(self) -> int:
+        """Columns of the inbox that may hold something, in few sizes: each is a graph of its own on a GPU."""
+        width = self.bound if self.bound <= 8 else 1 << (self.bound - 1).bit_length()
+        return min(width, self.room)
+
     def catch_up(self, slots: Tensor) -> None:
         """Read the inbox. All slots in use must be among `slots`."""
         if not self.bound:
             return
-        rows, width = slots.shape[0], min(self.bound, self.room)
+        rows, width = slots.shape[0], self.unread
         num = read_slots(self.count, slots, rows)
         hidden, tokens = (read_slots(t, slots, rows)[:, :width] for t in (self.hidden, self.tokens))
         self._read(slots, hidden, tokens, num)
@@ -88,9 +94,15 @@ class Drafter:
         write_slots(self.last, newest, torch.where(num > 0, slots, -1))
 
     def draft(
-        self, slots: Tensor, count: int, positions: Tensor, choose: Choose
-    ) -> tuple[Tensor, Tensor]:
-        """`count` guesses a row, one after the other: tokens (b,count) int64 and their logits (b,count,V).
+        self,
+        slots: Tensor,
+        count: int,
+        positions: Tensor,
+        choose: Choose,
+        keep_logits: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`count` guesses a row, one after the other: tokens (b,count) int64 and their logits (b,count,V) in lm_head's
+        dtype, or None.
 
         positions (b): of the first guess in its sequence.
         """
@@ -103,9 +115,11 @@ class Drafter:
                 embedding = model.backbone.embeddings(tokens[-1][:, None])
                 where = {"cache": self.cache, "slots": slots, "commit": False}
                 h = model.mtp(h[:, None], embedding, first_node=i - 1, **where)[:, 0]
-            logits.append(model.logits(h))
-            tokens.append(choose(logits[-1], positions + i).to(torch.int64))
-        return torch.stack(tokens, 1), torch.stack(logits, 1)
+            found = model.lm_head(h)
+            tokens.append(choose(found, positions + i).to(torch.int64))
+            if keep_logits:
+                logits.append(found)
+        return torch.stack(tokens, 1), torch.stack(logits, 1) if keep_logits else None
 
     def draft_tree(
         self, slots: Tensor, tree: DraftTree, positions: Tensor, scores: Choose
@@ -122,7 +136,7 @@ class Drafter:
         for depth, branches in enumerate(tree.branches):
             width = h.shape[1]
             where = (positions + depth)[:, None].expand(-1, width).reshape(-1)
-            found = scores(model.logits(h).flatten(0, 1), where).topk(branches, -1).indices
+            found = scores(model.lm_head(h).flatten(0, 1), where).topk(branches, -1).indices
             levels.append(found.view(rows, width * branches))
             if depth + 1 == len(tree.branches):
                 break
@@ -133,7 +147,7 @@ class Drafter:
                 cache=self.cache,
                 slots=slots,
                 commit=False,
-                ancestors=tree.drafter_bits[depth].to(slots.device).expand(rows, -1),
+                ancestors=tree.drafter_bits[depth].expand(rows, -1),
                 first_node=written,
             )
             written += width * branches

@@ -47,7 +47,9 @@ class StepGraphs:
         if drafter is not None and not drafts and drafter.bound + 1 > drafter.room:
             drafter.catch_up(slots)  # so that a step without drafts never has to
         waiting = 0 if drafter is None else drafter.bound
-        key = (slots.shape[0], drafts, decoder.cache._lengths.bound, waiting if drafts else 0)
+        unread = drafter.unread if drafts else 0
+        key = (slots.shape[0], drafts, decoder.cache._lengths.bound, unread)
+        decoder.settled = key in self.graphs
         if key in self.seen and key not in self.graphs:
             self.graphs[key] = self._capture(slots, last, drafts)
         self.seen.add(key)

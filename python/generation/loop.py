@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ from tigon.generation.tree import DraftTree
 from tigon.modules import Reducible, TokenReducer
 from tigon.modules.token_reducer import as_reducer
 from tigon.native.mamba2 import replay_flush
+from tigon.ops.checks import INDEX
 from tigon.ops.dispatch import is_batch_invariant
 
 AUTO_MOST = 6  # drafts a step that "auto" tries
@@ -102,14 +104,16 @@ def generate(
         draft_tokens: K, 0 to 15; "auto": the K of 0 to 6 with the most expected tokens for the measured time; None: 3
             where the model has an MTP head and the tree decides nothing, else 0.
         tree: children by depth, such as (3, 2, 1): a tree of at most 32 nodes, the last token among them, is drafted in
-            place of a chain. Rules greedy and strict.
-        temperature, top_k, top_p: of the draws; 0 takes the likeliest token. Numbers, or (r) tensors.
+            place of a chain, at most 15 deep. Rules greedy and strict, rollback "replay".
+        temperature, top_k, top_p: of the draws, as in `tigon.sample`; temperature 0 takes the likeliest token. Numbers, or
+            (r) tensors, one a row.
         seed: an int for all rows, or (r) int64, one a row: a row's draws depend on its own seed, its positions and
             nothing else. None: from torch's generator.
         rule: "token" or "block" (rejection sampling), "strict" (the model's own draw, drafts drawn with the same noise:
             the text does not depend on K), "greedy". See `tigon.verify_draft`.
         stop_ids: tokens that end a row, themselves included; None: the config's eos_token_id.
-        stop_strings: texts that end a row where they first appear in decode(its new tokens).
+        stop_strings: a text or texts that end a row where they first appear in its decoded new tokens.
+        decode: a list of token ids to their text; needed with stop_strings.
         max_slots: rows decoded at a time; the others wait, and slots are used again. None: all.
         logprobs: also return each token's log-probability under the model, before temperature, top_k and top_p.
         streamer: called with (row, new tokens) after each step.
@@ -125,17 +129,23 @@ def generate(
         the report; as a tuple where there is more than the first.
 
     Raises:
-        ValueError: arguments that contradict each other, by name. RuntimeError: NaN logits, by row.
+        ValueError, TypeError: arguments that are out of range or contradict each other, by name. RuntimeError: NaN
+            logits, by row.
     """
     start = time.perf_counter()
     device = model.lm_head.weight.device
     prompts = _prompts(prompts, device)
-    tree = None if tree is None else DraftTree(tuple(tree))
+    tree = None if tree is None else DraftTree(tuple(tree), device)
+    temperature = _setting("temperature", temperature, torch.float32, len(prompts))
+    top_k = _setting("top_k", top_k, torch.int32, len(prompts))
+    top_p = _setting("top_p", top_p, torch.float32, len(prompts))
     drafts = _drafts(model, draft_tokens, tree, temperature, rule, seed)
+    if tree is not None and rollback != "replay":
+        raise ValueError(f"generate: a tree needs rollback='replay', got {rollback!r}")
     stops = _stops(model, stop_ids, stop_strings, decode, max_new_tokens)
     most = drafts.most if isinstance(drafts, DraftLength) else drafts
     width = tree.nodes if tree else most + 1
-    slots = min(len(prompts), max_slots or len(prompts))
+    slots = len(prompts) if max_slots is None else min(len(prompts), max_slots)
     if slots < 1:
         raise ValueError(f"generate: max_slots={max_slots} must be positive")
     longest = max(p.numel() for p in prompts)
@@ -156,7 +166,8 @@ def generate(
     decoder = Decoder(model, cache, sampling, drafter, **options)
     per_row = (_seeds(seed, len(prompts), device), temperature, top_k, top_p)
     run = _Run(decoder, prompts, per_row, stops, drafts, streamer, reduced)
-    run.all()
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        run.all()
     run.report.seconds = time.perf_counter() - start
     run.report.parts = clock.read()
     found = ([torch.tensor(r.tokens, dtype=torch.int64, device=device) for r in run.requests],)
@@ -232,10 +243,11 @@ class _Run:
         step = self.advance(self.slots, self.last, drafts)
         row = torch.arange(len(self.running), device=self.device)
         self.last = step.tokens[row, step.accepted.clamp(min=0).to(torch.int64)].clamp(min=0)
+        before = self.report.new_tokens
         accepted = self._emit(self.running, step)
         depth = min(drafts, step.tokens.shape[1] - 1)
-        self.report.count(depth, accepted)
-        if adaptive:
+        self.report.count(depth, accepted, self.report.new_tokens - before)
+        if adaptive and self.decoder.settled:
             self.drafts.observe(depth, accepted, time.perf_counter() - start)
         self._retire()
 
@@ -321,9 +333,23 @@ def _prompts(prompts, device) -> list[Tensor]:
     if not rows:
         raise ValueError("generate: there are no prompts")
     for i, row in enumerate(rows):
-        if not isinstance(row, Tensor) or row.dim() != 1 or not row.numel():
-            raise ValueError(f"generate: prompt {i} must be a tensor (l) with at least one token")
+        ids = isinstance(row, Tensor) and row.dtype in INDEX
+        if not ids or row.dim() != 1 or not row.numel():
+            raise ValueError(
+                f"generate: prompt {i} must be a tensor (l) of int32 or int64 with at least one token"
+            )
     return [row.to(device=device, dtype=torch.int64) for row in rows]
+
+
+def _setting(name: str, value, dtype: torch.dtype, rows: int):
+    """A number, or a tensor of one a row in the dtype that the ops take."""
+    if not isinstance(value, Tensor):
+        return value
+    if tuple(value.shape) != (rows,):
+        raise ValueError(
+            f"generate: {name} has shape {tuple(value.shape)}, expected ({rows},) or a number"
+        )
+    return value.to(dtype)
 
 
 def _drafts(model, drafts, tree, temperature, rule: str, seed) -> "int | DraftLength":
@@ -342,6 +368,10 @@ def _drafts(model, drafts, tree, temperature, rule: str, seed) -> "int | DraftLe
             )
         if drafts not in (None, tree.depth):
             raise ValueError(f"generate: draft_tokens={drafts} and a tree of depth {tree.depth}")
+        if tree.depth > MOST:
+            raise ValueError(
+                f"generate: tree={tree.branches} is {tree.depth} deep, allowed: {MOST}"
+            )
         drafts = tree.depth
     if drafts is None:
         drafts = 3 if has_mtp else 0
@@ -369,7 +399,10 @@ def _stops(model, ids, strings, decode, most: int) -> _Stops:
     if ids is None:
         ids = getattr(model.config, "eos_token_id", None)
     ids = () if ids is None else (ids,) if isinstance(ids, int) else ids
-    return _Stops(frozenset(int(i) for i in ids), tuple(strings), decode, most)
+    strings = (strings,) if isinstance(strings, str) else tuple(strings)
+    if "" in strings:
+        raise ValueError("generate: an empty stop string would end every row")
+    return _Stops(frozenset(int(i) for i in ids), strings, decode, most)
 
 
 def _by_slot(values: tuple, slots: int, device) -> list:

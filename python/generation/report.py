@@ -11,8 +11,9 @@ import torch
 
 @dataclass
 class Report:
-    """prompt_tokens, new_tokens: of all rows. steps: calls of the model after the prompts. seconds: of everything, and
-    by part: prefill, draft, model (the pass that verifies), accept, commit, host.
+    """prompt_tokens, new_tokens: of all rows. steps: calls of the model after the prompts; rows: those of all steps,
+    and kept: the tokens that they brought. seconds: of everything. parts, in seconds: prefill, draft, model (the pass
+    that verifies), accept, commit; on a GPU "step" for steps that ran as graphs, whose parts cannot be told apart.
 
     offered[i], accepted[i]: how often a draft at depth i+1 was offered, and was kept. draft_lengths: steps by K.
     """
@@ -21,6 +22,7 @@ class Report:
     new_tokens: int = 0
     steps: int = 0
     rows: int = 0
+    kept: int = 0
     seconds: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     offered: list[int] = field(default_factory=list)
@@ -29,8 +31,8 @@ class Report:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens over the time that is not prefill."""
-        return self.new_tokens / max(self.seconds - self.parts.get("prefill", 0.0), 1e-12)
+        """Tokens of the steps over the time that is not prefill."""
+        return self.kept / max(self.seconds - self.parts.get("prefill", 0.0), 1e-12)
 
     @property
     def acceptance(self) -> list[float]:
@@ -40,11 +42,13 @@ class Report:
     @property
     def acceptance_length(self) -> float:
         """New tokens a row and step, the model's own one among them."""
-        return 1 + sum(self.accepted) / max(self.rows, 1)
+        return self.kept / max(self.rows, 1)
 
-    def count(self, drafts: int, accepted: list[int]) -> None:
-        """One step with `drafts` drafts a row, of which each row kept so many."""
+    def count(self, drafts: int, accepted: list[int], kept: int) -> None:
+        """One step with `drafts` drafts a row, of which each row accepted so many; kept: tokens of all rows, without
+        those behind a stop."""
         self.steps += 1
+        self.kept += kept
         self.rows += len(accepted)
         self.draft_lengths[drafts] += 1
         grow = drafts - len(self.offered)

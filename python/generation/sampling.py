@@ -29,6 +29,11 @@ class Sampling:
         hot = isinstance(self.temperature, Tensor) or self.temperature > 0
         return self.rule == "greedy" or not hot
 
+    @property
+    def rejects(self) -> bool:
+        """Whether drafts are held against the distribution that they were drawn from."""
+        return self.rule in ("token", "block") and not self.greedy
+
     def _of(self, slots: Tensor) -> dict:
         rows = slots.shape[0]
 
@@ -52,11 +57,10 @@ class Sampling:
         self, logits: Tensor, slots: Tensor, positions: Tensor, drafts: Tensor, draft_logits
     ) -> tuple[Tensor, Tensor]:
         """logits (b,K+1,V), drafts (b,K) -> tokens (b,K+1) padded with -1, num_accepted (b)."""
-        drawn = self.rule in ("token", "block") and not self.greedy
         return verify_draft(
             logits,
             drafts.to(torch.int32),
-            draft_logits if drawn else None,
+            draft_logits,
             rule=self.rule,
             positions=positions,
             **self._of(slots),
@@ -65,7 +69,7 @@ class Sampling:
     def verify_tree(self, logits, slots, positions, tokens, tree) -> tuple[Tensor, Tensor, Tensor]:
         """logits (b,N,V), tokens (b,N) -> path, tokens, num_accepted."""
         rows = slots.shape[0]
-        links = (t.to(slots.device)[None].expand(rows, -1) for t in tree.links)
+        links = (t.expand(rows, -1) for t in tree.links)
         rule = "greedy" if self.greedy else "strict"
         return verify_tree(
             logits,
@@ -84,7 +88,10 @@ class Sampling:
         of = self._of(slots)
         settings = Settings(*(v for n in ("temperature", "top_k", "top_p") for v in _pair(of[n])))
         x = settings.scaled(logits[:, None])[:, 0]
-        return x + noise(of["seeds"], positions, Purpose.DRAFT, logits.shape[-1], x.dtype)
+        g = noise(of["seeds"], positions, Purpose.DRAFT, logits.shape[-1], x.dtype)
+        if settings.maybe_greedy:
+            g = g.masked_fill(settings.greedy(x.shape[0], x.device)[:, None], 0)
+        return x + g
 
 
 def _pair(value: float | Tensor) -> tuple[Tensor | None, float | Tensor]:

@@ -14,9 +14,10 @@ MOST_NODES = 32
 @dataclass(frozen=True)
 class DraftTree:
     """branches: children of the last token, of each of those, ... Nodes are numbered level by level; node 0 is the
-    last token, and a node's children stand together."""
+    last token, and a node's children stand together. device: where its tensors are."""
 
     branches: tuple[int, ...]
+    device: torch.device | str = "cpu"
 
     def __post_init__(self):
         branches = tuple(int(b) for b in self.branches)
@@ -44,7 +45,7 @@ class DraftTree:
 
     @cached_property
     def links(self) -> tuple[Tensor, Tensor]:
-        """first_child and next_sibling, each (N) int32, -1 for none."""
+        """first_child and next_sibling, each (1,N) int32, -1 for none."""
         child, sibling = [-1] * self.nodes, [-1] * self.nodes
         start = 0
         for width, branches in zip(self.widths, self.branches):
@@ -55,12 +56,13 @@ class DraftTree:
                 for j in range(branches - 1):
                     sibling[first + j] = first + j + 1
             start = below
-        return torch.tensor(child, dtype=torch.int32), torch.tensor(sibling, dtype=torch.int32)
+        rows = torch.tensor([child, sibling], dtype=torch.int32).to(self.device)
+        return rows[:1], rows[1:]
 
     @cached_property
     def bits(self) -> Tensor:
         """(N) int32: bit j of a node's is set for every node j on the way from node 0 to it, itself included."""
-        return tree_ancestors(*(t[None] for t in self.links))[0][0]
+        return tree_ancestors(*self.links)[0][0]
 
     @cached_property
     def drafter_bits(self) -> list[Tensor]:

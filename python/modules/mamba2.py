@@ -209,13 +209,19 @@ class Mamba2(nn.Module):
                 here. Not in calls that the decode ops take.
         """
         check_feed("Mamba2", cu_seqlens, cache, slots, num_tokens)
+        steps = cache is not None and cu_seqlens is None and u.shape[1] <= cache.most_tokens
+        steps = steps and not self._wants_gradient(u)
+        if ancestors is not None and not steps:
+            raise ValueError(
+                "Mamba2: ancestors need a cache with rollback='replay', its `tokens` at most, and torch.no_grad()"
+            )
         z0, x0, z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
         if cache is None:
             x, B, C = self._heads(self.conv1d(xBC, cu_seqlens=cu_seqlens))
             if watch is not None:
                 watch(C, B, self._step_sizes(dt))
             y = ssd_scan(x, dt, B=B, C=C, cu_seqlens=cu_seqlens, **self._scan_arguments(z))
-        elif cu_seqlens is None and u.shape[1] <= cache.most_tokens and not self._wants_gradient(u):
+        elif steps:
             y = cache.step(
                 *(self.conv1d, self._heads, xBC, dt, self._scan_arguments(z)),
                 *(slots, num_tokens, ancestors),

@@ -265,6 +265,8 @@ def allocate(
         raise ValueError(f"rollback must be 'replay', 'snapshot' or None, got {rollback!r}")
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+    if rollback == "replay" and cursor is None:
+        raise ValueError("rollback='replay' needs a cursor (ReplayCursor.allocate)")
     h, p, g, n = sizes
 
     def zeros(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -88,7 +88,8 @@ class MTP(nn.Module):
             hidden: (b,l,d), the backbone's output, or this module's own at the depth before.
             embeddings: (b,l,d), of the tokens that follow: the backbone's token after i, at the first depth.
             cache: of `allocate_cache`; the positions continue its sequences, and are counted.
-            options: for the attention layers.
+            options: commit=False leaves the positions uncounted; for the attention layers, first_node (positions that
+                earlier calls left uncounted) and ancestors (b,l) int32 (`tigon.modules.Attention`).
             The others: as in `HybridLM.forward`.
 
         Returns:

@@ -34,8 +34,15 @@ def run_layers(
         (h, the `Routing` of every mixture in order if return_routing, else an empty list).
 
     Raises:
-        ValueError: slots or num_tokens without a cache, no room in the cache.
+        ValueError: slots, num_tokens or commit=False without a cache, a tree that is to be counted whole, no room in the
+            cache. TypeError: unknown options.
     """
+    if unknown := set(options) - {"ancestors", "first_node"}:
+        raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")
+    if not commit and cache is None:
+        raise ValueError("commit=False leaves tokens of a cache uncounted; pass cache")
+    if options.get("ancestors") is not None and commit:
+        raise ValueError("ancestors make a tree, of which one path may stay: pass commit=False")
     length = h.shape[1]
     layers, routings = list(layers), []
     if cache is None:

@@ -1,9 +1,12 @@
 """State rollback by replay: what a decoder that verifies drafts keeps beside its states, and how it moves on.
 
-    cursor.start(slots, lengths)                                  after a prefill causal_conv1d_update(x, cache.conv,
-    …, replay=(cache, cursor))      every layer: m new tokens a row ssd_update(state, x, …, replay=(cache, cursor))
-    replay_commit(cache, cursor, slots, path, num_new)            every layer, trees only: the accepted path to the
-    front replay_advance(cursor, slots, num_new)                        once, after all layers
+    cursor.start(slots, lengths)                                after a prefill
+
+    causal_conv1d_update(x, cache.conv, …, replay=(cache, cursor))    every layer: m new tokens a row
+    ssd_update(state, x, …, replay=(cache, cursor))
+    replay_commit(cache, cursor, slots, path, num_new)                every layer, trees only: the path to the front
+
+    replay_advance(cursor, slots, num_new)                      once, after all layers
 
 A rejected token is undone by not advancing over it. The state is written at absolute positions that are multiples of
 `flush` only; the tokens since lie in rings. `tigon.reference.ssd_replay` states the law.

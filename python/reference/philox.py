@@ -14,11 +14,21 @@ MASK = 0xFFFFFFFF
 def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]:
     """Four 32-bit words for a counter of four and a key of two words; int64 tensors in [0, 2^32) that broadcast."""
     # Words 0 and 2 side by side, and 1 and 3: one operation serves two. Products wrap at 64 bits, as wanted.
-    words = torch.broadcast_tensors(*(torch.as_tensor(c) for c in (*counter, *key)))
+    device = next((t.device for t in (*counter, *key) if isinstance(t, Tensor)), None)
+
+    def word(value: Tensor | int) -> Tensor:
+        # Not torch.tensor: that would copy from the host.
+        return (
+            value
+            if isinstance(value, Tensor)
+            else torch.full((), value, dtype=torch.int64, device=device)
+        )
+
+    words = torch.broadcast_tensors(*(word(c) for c in (*counter, *key)))
     even, odd, keys = (torch.stack([words[i], words[j]]) for i, j in ((0, 2), (1, 3), (4, 5)))
     shape = (2, *[1] * words[0].dim())
-    multiplier = torch.tensor((M0, M1), device=even.device).view(shape)
-    step = torch.tensor((W0, W1), device=even.device).view(shape)
+    multiplier = torch.stack([word(M0), word(M1)]).view(shape)
+    step = torch.stack([word(W0), word(W1)]).view(shape)
     for _ in range(10):
         product = even.mul_(multiplier)
         high = (product >> 32).bitwise_and_(MASK).flip(0)

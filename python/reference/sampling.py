@@ -144,14 +144,15 @@ class Settings:
         values, order = x.sort(dim=-1, descending=True, stable=True)
         keep = torch.ones_like(values, dtype=torch.bool)
         if some[0]:
-            k = torch.as_tensor(k, device=x.device).view(-1, 1, 1)
-            keep &= (rank < k) | (k <= 0)
+            k = k.view(-1, 1, 1) if isinstance(k, Tensor) else k
+            keep &= (rank < k) | (k <= 0) if isinstance(k, Tensor) else rank < k
             values = values.where(keep, -INF)
         if some[1]:
-            p = torch.as_tensor(p, device=x.device).to(x.dtype).view(-1, 1, 1)
+            p = p.to(x.dtype).view(-1, 1, 1) if isinstance(p, Tensor) else p
             share = values.softmax(-1)
             before = share.cumsum(-1) - share
-            keep &= (before < p) | (rank == 0) | ~(p < 1)
+            kept = (before < p) | (rank == 0)
+            keep &= kept | ~(p < 1) if isinstance(p, Tensor) else kept
         keep = torch.zeros_like(keep).scatter(-1, order, keep)
         if self.maybe_greedy:
             keep |= self.greedy(x.shape[0], x.device)[:, None, None]

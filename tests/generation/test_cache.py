@@ -134,8 +134,7 @@ class Fuzz:
         if self.parked:
             cache, text = self.parked.pop()
             target = self.random.randrange(self.slots)
-            for mine, theirs in zip(self.cache._tensors(), cache._tensors(), strict=True):
-                mine[target] = theirs[0]
+            self.cache.copy(torch.tensor([0]), torch.tensor([target]), cache)
             self.text[target] = text
         else:
             slot = self.random.randrange(self.slots)
@@ -211,6 +210,34 @@ def test_bytes_of_a_request_by_design(single):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rollback", ["replay", "snapshot"])
+def test_a_preempted_sequence_goes_on_in_a_fresh_cache(model, rollback):
+    text = torch.arange(30) % VOCAB
+    options = dict(rollback=rollback, tokens=4)
+    cache = model.allocate_cache(2, 60, **options)
+    feed(model, cache, text[:20], 1)
+    feed(model, cache, text[20:23], 1, commit=False)
+    cache.commit(torch.tensor([1]), torch.tensor([2]))
+    parked, fresh = cache.select(torch.tensor([1])), model.allocate_cache(3, 60, **options)
+    fresh.copy(torch.tensor([0]), torch.tensor([2]), parked)
+    torch.testing.assert_close(feed(model, fresh, text[22:26], 2), model(text[None, :26])[0, 22:])
+    with pytest.raises(ValueError, match="allocated alike"):
+        model.allocate_cache(3, 61, **options).copy(torch.tensor([0]), torch.tensor([2]), parked)
+
+
+@torch.no_grad()
+def test_attention_alone_counts_what_a_call_had_and_no_more(model):
+    config = model.config.replace(pattern="*-", mtp_pattern="")
+    model = type(model)(config, dtype=torch.float64)
+    text = torch.arange(12) % VOCAB
+    cache = model.allocate_cache(1, 20)
+    feed(model, cache, text[:5], commit=False)
+    cache.commit(torch.tensor([0]), torch.tensor([9]))  # of 5
+    assert cache.lengths.tolist() == [5]
+    torch.testing.assert_close(feed(model, cache, text[5:]), model(text[None])[0, 5:])
+
+
+@torch.no_grad()
 def test_calls_that_cannot_be_undone_are_refused(model):
     ids = torch.zeros(1, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="commit=False needs a cache with rollback"):
@@ -222,5 +249,11 @@ def test_calls_that_cannot_be_undone_are_refused(model):
         snapshots = model.allocate_cache(1, 10, rollback="snapshot", tokens=3)
         bits = torch.ones(1, 3, dtype=torch.int32)
         model(ids, cache=snapshots, commit=False, ancestors=bits)
+    with pytest.raises(ValueError, match="pass cache"):
+        model(ids, commit=False)
+    with pytest.raises(ValueError, match="pass commit=False"):
+        model(ids, cache=cache, ancestors=torch.ones(1, 3, dtype=torch.int32))
+    with pytest.raises(TypeError, match="unexpected arguments: depth"):
+        model(ids, depth=1)
     with torch.enable_grad(), pytest.raises(RuntimeError, match="under torch"):
         model(ids[:, :2], cache=cache)

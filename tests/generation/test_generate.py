@@ -237,6 +237,29 @@ def test_batch_invariant_text_does_not_depend_on_drafts_to_the_last_bit(
             assert all(torch.equal(a, b) for a, b in zip(logs, plain_logs))
 
 
+@pytest.mark.parametrize("rule", ["token", "block", "strict", "greedy"])
+def test_half_precision_models_draft_and_verify_by_every_rule(single, prompts, rule):
+    model = copy.deepcopy(single).bfloat16()
+    got = generate(model, prompts, 6, draft_tokens=3, rule=rule, temperature=1.0, seed=2)
+    assert [row.numel() for row in got] == [6] * 5
+
+
+def test_settings_may_differ_by_row_in_any_number_format(model, prompts):
+    hot = torch.tensor([0.0, 1.0, 0.0, 0.7, 0.0], dtype=torch.float64)
+    options = dict(temperature=hot, top_k=torch.tensor([0, 5, 3, 0, 0]), rule="strict", seed=9)
+    expected = texts(generate(model, prompts, NEW, draft_tokens=0, **options))
+    for way in (dict(draft_tokens=3, max_slots=2), dict(tree=(2, 2))):
+        assert texts(generate(model, prompts, NEW, **options, **way)) == expected
+    greedy = texts(generate(model, prompts, NEW, draft_tokens=0))
+    assert [expected[i] for i in (0, 2, 4)] == [greedy[i] for i in (0, 2, 4)]
+
+
+def test_a_report_counts_tokens_behind_a_stop_for_nothing(model, prompts):
+    prompt = prompts[2]
+    got, report = generate(model, [prompt], 3, draft_tokens=6, return_report=True)
+    assert report.kept == 2 and report.acceptance_length <= 2
+
+
 def test_a_model_without_a_drafter_decodes_without_drafts(model, prompts):
     expected = texts(generate(model, prompts, NEW, draft_tokens=0))
     model = copy.deepcopy(model)
@@ -272,6 +295,12 @@ def test_nan_logits_are_an_error_that_names_the_row(model):
         (dict(stop_strings=["a"]), "stop_strings need decode"),
         (dict(seed=torch.zeros(2)), r"seed has shape \(2,\), expected \(1,\)"),
         (dict(max_slots=-1), "max_slots=-1 must be positive"),
+        (dict(max_slots=0), "max_slots=0 must be positive"),
+        (dict(tree=(1,) * 20), "is 20 deep, allowed: 15"),
+        (dict(tree=(2,), rollback="snapshot"), "a tree needs rollback='replay'"),
+        (dict(stop_strings=["a", ""], decode=str), "an empty stop string"),
+        (dict(top_k=torch.tensor([1, 2])), r"top_k has shape \(2,\), expected \(1,\) or a number"),
+        (dict(prompts=[torch.tensor([0.5])]), "prompt 0 must be a tensor"),
         (dict(rollback="undo"), "rollback must be 'replay', 'snapshot'"),
     ],
 )

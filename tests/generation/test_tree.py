@@ -8,7 +8,7 @@ from tigon.generation.tree import DraftTree
 
 def test_links_and_ancestors_of_a_tree_level_by_level():
     tree = DraftTree((2, 3))
-    child, sibling = (t.tolist() for t in tree.links)
+    child, sibling = (t[0].tolist() for t in tree.links)
     assert child == [1, 3, 6, -1, -1, -1, -1, -1, -1]
     assert sibling == [-1, 2, -1, 4, 5, -1, 7, 8, -1]
     assert [bin(b) for b in tree.bits.tolist()] == [
