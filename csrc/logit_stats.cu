@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(256) logit_stats(const Sampling a) {
         }
         if (mine.max > -INFINITY) {
 #pragma unroll
-            for (int i = 0; i < kVector<Io>; ++i) mine.sum += exp2f(scale * (x[i] - mine.max));
+            for (int i = 0; i < kVector<Io>; ++i) mine.sum += power(scale * (x[i] - mine.max));
         }
     });
     for (int offset = 16; offset > 0; offset /= 2)
@@ -192,7 +192,7 @@ __device__ __forceinline__ void narrow_cut(Search& s, const Sampling& a, const I
                 const unsigned key = key_of(x[i]);
                 if (!(x[i] > -INFINITY) || !kept.keeps(x[i], at + i)) continue;
                 if (known < 32 && key >> known != prefix) continue;
-                const float weight = exp2f(scale * (x[i] - cut.max)) * a.mass_unit;
+                const float weight = power(scale * (x[i] - cut.max)) * a.mass_unit;
                 put(s, key >> shift & (kBins - 1) >> (level == 2), static_cast<uint64>(weight));
             }
         });

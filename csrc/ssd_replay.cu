@@ -43,8 +43,8 @@ __device__ __forceinline__ void fold(const SsdReplay& a, const Place& place,
         {
             const Tokens<Io> tokens(a, place);
             if (k == first) stage_window(staged, tokens, first, end - first);
-            stage_vectors<Io, tile.kWidth>(a, staged, staged.B, count,
-                                           [&](int i) { return tokens.B(k + i); });
+            stage_vectors<Io, kVector<State>>(a, staged, staged.B, count,
+                                              [&](int i) { return tokens.B(k + i); });
         }
         __syncthreads();
         if (k == first) {
@@ -128,15 +128,16 @@ __device__ __forceinline__ void outputs(const SsdReplay& a, const Place& place,
         const Tokens<Io> tokens(a, place);
         const int count = min(kTokens, window - k);
         if (k == 0) {
-            stage_vectors<Io, tile.kWidth>(a, staged, staged.C + done * staged.stride, end - done,
-                                           [&](int i) { return tokens.C(done + i); });
+            stage_vectors<Io, kVector<State>>(a, staged, staged.C + done * staged.stride,
+                                              end - done,
+                                              [&](int i) { return tokens.C(done + i); });
             stage_window(staged, tokens, base, window);
             stage_gates(staged, tokens, done, end);
         } else {
             __syncthreads();
         }
-        stage_vectors<Io, tile.kWidth>(a, staged, staged.B, count,
-                                       [&](int i) { return tokens.B(base + k + i); });
+        stage_vectors<Io, kVector<State>>(a, staged, staged.B, count,
+                                          [&](int i) { return tokens.B(base + k + i); });
         __syncthreads();
         mix(staged, tokens, sight, done, end, k, count);
     }
@@ -175,10 +176,16 @@ __device__ __forceinline__ void outputs(const SsdReplay& a, const Place& place,
     }
 }
 
+// Blocks on a multiprocessor at least. Without 16-byte accesses there are more addresses and random
+// words that begin within a run to hold.
+template <typename State, bool kVectors>
+constexpr int kBlocks = kVectors          ? 4
+                        : kRounded<State> ? 2
+                                          : 3;
+
 template <typename Io, typename State, bool kVectors>
-__global__ void __launch_bounds__(kThreads, kVectors            ? 4
-                                            : sizeof(State) > 1 ? 3
-                                                                : 2) ssd_replay(const SsdReplay a) {
+__global__ void __launch_bounds__(kThreads, kBlocks<State, kVectors>)
+    ssd_replay(const SsdReplay a) {
     Place place{
         int(blockIdx.x / a.heads), 0, int(blockIdx.x % a.heads), int(blockIdx.y) * a.rows, 0, 0, 0};
     place.slot = a.state_indices ? a.state_indices[place.row] : place.row;

@@ -157,7 +157,7 @@ struct Race {
             if (!quiet) {
                 const float v = uniform(words.w[i]);
                 // score > lead needs E < exp(w - lead), and v <= E.
-                if (v > expf(w[i] - lead) * 1.0001f) continue;
+                if (v > power((w[i] - lead) * kLog2E) * 1.0001f) continue;
                 score -= logf(-log1pf(-v));
             }
             if (score > lead) {

@@ -24,6 +24,7 @@ NAMES = (
     "torch_grouped_mm",
     "torchao",
     "modelopt",
+    "flashinfer",
 )
 FOLDER = Path(sys.prefix) / "peers"
 

@@ -47,9 +47,11 @@ class _Stops:
 
     def cut(self, tokens: list[int], new: list[int]) -> tuple[list[int], bool]:
         """What of `new` still belongs to the row, and whether it ends there."""
+        said = self._said(tokens + new)  # else no beginning of it need be looked at
         for i, token in enumerate(new):
             length = len(tokens) + i + 1
-            if token in self.ids or length >= self.most or self._said(tokens + new[: i + 1]):
+            ends = token in self.ids or length >= self.most
+            if ends or (said and self._said(tokens + new[: i + 1])):
                 return new[: i + 1], True
         return new, False
 

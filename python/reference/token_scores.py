@@ -2,8 +2,8 @@
 `tigon.ssd_token_scores`.
 
 First the definitions, a sequence at a time, which hold every weight. Then the form that serves as CPU backend: tiles
-of a few queries by many keys, of fixed shape and aligned to their sequence, so that a sequence's scores do not depend
-on its batch mates, in batch-invariant mode and outside it.
+of a few queries by many keys, of fixed shape and aligned to their sequence: in batch-invariant mode, where their size
+is fixed too, a sequence's scores do not depend on its batch mates.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tigon.segments import segment_table
 
-QUERIES, KEYS = 32, 512  # of a tile
+QUERIES, KEYS = 32, 512  # of a tile; outside batch-invariant mode as few queries as there are
 
 
 def attention_weights(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
@@ -46,6 +46,11 @@ def reduced(weights: Tensor, head_reduce: str, query_reduce: str) -> Tensor:
     return weights
 
 
+def _queries(n: int, batch_invariant: bool) -> int:
+    """Queries of a tile, for n of them in all."""
+    return QUERIES if batch_invariant else min(QUERIES, 1 << (n - 1).bit_length())
+
+
 class _Tiles:
     """A ragged list (n) in tiles of `size` places that never hold two sequences.
 
@@ -76,7 +81,7 @@ class _Sums:
         self.n = n
 
     def add(self, j: int, weights: Tensor) -> None:
-        """weights (QUERIES,KEYS) of key tile j, zeros where nothing is seen."""
+        """weights (queries,KEYS) of key tile j, zeros where nothing is seen."""
         if self.mean:
             self.total[j] += weights.sum(0)
         else:
@@ -94,7 +99,7 @@ class _Sums:
 
 
 def _heads(weights: Tensor, mean: bool) -> Tensor:
-    """(QUERIES,KEYS) from (h,QUERIES,KEYS)."""
+    """(queries,KEYS) from (h,queries,KEYS)."""
     return weights.mean(0) if mean else weights.amax(0)
 
 
@@ -120,48 +125,45 @@ def attention_token_scores(
     nq, nk = query_index.shape[0], key_index.shape[0]
     if not (nq and nk and tq and tk):
         return torch.zeros(nk, dtype=dtype, device=device)
-    queries = _Tiles(cu_queries, nq, QUERIES, device)
+    size = _queries(nq, batch_invariant)
+    queries = _Tiles(cu_queries, nq, size, device)
     keys = _Tiles(cu_keys, nk, KEYS, device)
     every = _Tiles(cu_seqlens_k, tk, KEYS, device)
     q_bounds, k_bounds = _bounds(cu_seqlens_q, tq, device), _bounds(cu_seqlens_k, tk, device)
     sums = _Sums(keys, nk, dtype, query_reduce == "mean")
-
-    def logits(q_tile: Tensor, rows: Tensor) -> Tensor:
-        k_tile = k[rows].to(dtype).permute(1, 2, 0)  # (hkv,d,KEYS)
-        return (q_tile @ k_tile).view(hq, QUERIES, KEYS) * scale
-
-    q_rows = query_index[queries.place].long().clamp(0, tq - 1)  # (tiles,QUERIES)
+    q_rows = query_index[queries.place].long().clamp(0, tq - 1)  # (tiles,queries)
     key_rows = key_index[keys.place].long().clamp(0, tk - 1)
     firsts, last = k_bounds[queries.sequence], k_bounds[queries.sequence + 1][:, None]
     after = q_bounds[queries.sequence + 1][:, None] - 1 - q_rows  # queries that come after
     limits = torch.minimum(last - after, last) if causal else last.expand_as(q_rows)
     limits = torch.where(queries.real, limits, 0)
+
+    def keys_of(rows: Tensor) -> Tensor:
+        return k[rows].to(dtype).permute(1, 2, 0)  # (hkv,d,KEYS)
+
     for i in range(queries.count):
         rows = q_rows[i]
-        q_tile = q[rows].to(dtype).unflatten(1, (hkv, hq // hkv))
-        q_tile = q_tile.permute(1, 2, 0, 3).flatten(1, 2)  # (hkv, rep QUERIES, d)
+        q_tile = (q[rows].to(dtype) * scale).unflatten(1, (hkv, hq // hkv))
+        q_tile = q_tile.permute(1, 2, 0, 3).flatten(1, 2)  # (hkv, rep queries, d)
 
         def seen(at: Tensor, real: Tensor, i: int = i) -> Tensor:
             return (at >= firsts[i]) & (at < limits[i, :, None]) & real
 
         if lse is not None:
-            norm = lse[:, rows].to(dtype)[:, :, None]
+            norm = lse[:, rows].to(dtype)
         else:
-            most = torch.full((hq, QUERIES, 1), -torch.inf, dtype=dtype, device=device)
-            below = torch.zeros_like(most)
+            norm = torch.full((hq, size), -torch.inf, dtype=dtype, device=device)
             for j in range(every.count):
-                z = logits(q_tile, every.place[j])
-                z = z.masked_fill(~seen(every.place[j], every.real[j]), -torch.inf)
-                higher = torch.maximum(most, z.amax(-1, keepdim=True))
-                base = higher.masked_fill(higher == -torch.inf, 0.0)
-                below = below * torch.exp(most - base) + torch.exp(z - base).sum(-1, keepdim=True)
-                most = higher
-            norm = most + below.log()
+                z = (q_tile @ keys_of(every.place[j])).view(hq, size, KEYS)
+                hidden = ~seen(every.place[j], every.real[j])
+                norm = torch.logaddexp(norm, z.masked_fill_(hidden, -torch.inf).logsumexp(-1))
+        # A row that sees nothing is masked below; its -inf must not meet another.
+        norm = norm.masked_fill(norm == -torch.inf, 0.0).view(hkv, -1, 1)
         for j in range(keys.count):
-            weights = torch.exp((logits(q_tile, key_rows[j]) - norm).clamp(max=0.0))
+            z = torch.baddbmm(norm.neg(), q_tile, keys_of(key_rows[j])).view(hq, size, KEYS)
+            weights = _heads(z.clamp_(max=0.0).exp_(), head_reduce == "mean")
             same = keys.sequence[j] == queries.sequence[i]
-            wanted = seen(key_rows[j], keys.real[j] & same)
-            sums.add(j, torch.where(wanted, _heads(weights, head_reduce == "mean"), 0.0))
+            sums.add(j, torch.where(seen(key_rows[j], keys.real[j] & same), weights, 0.0))
     return sums.scores(cu_queries, nq)
 
 
@@ -203,28 +205,28 @@ def ssd_token_scores(
     nq, nk = query_index.shape[0], key_index.shape[0]
     if not (nq and nk and t):
         return torch.zeros(nk, dtype=dtype, device=device)
-    queries = _Tiles(cu_queries, nq, QUERIES, device)
+    queries = _Tiles(cu_queries, nq, _queries(nq, batch_invariant), device)
     keys = _Tiles(cu_keys, nk, KEYS, device)
     bounds = _bounds(cu_seqlens, t, device)
     sums = _Sums(keys, nk, dtype, query_reduce == "mean")
     mean = head_reduce == "mean"
     passed = elapsed(dt, cu_seqlens) if decay else None
-    all_queries = query_index[queries.place].long().clamp(0, t - 1)  # (tiles,QUERIES)
+    all_queries = query_index[queries.place].long().clamp(0, t - 1)  # (tiles,queries)
     all_keys = key_index[keys.place].long().clamp(0, t - 1)
     firsts, last = bounds[queries.sequence], bounds[queries.sequence + 1][:, None]
     limits = torch.where(queries.real, torch.minimum(all_queries + 1, last), 0)
     for i in range(queries.count):
         q_rows = all_queries[i]
-        C_tile = C[q_rows].to(dtype).transpose(0, 1)  # (g,QUERIES,n)
+        C_tile = C[q_rows].to(dtype).transpose(0, 1)  # (g,queries,n)
         for j in range(keys.count):
             rows = all_keys[j]
-            products = (C_tile @ B[rows].to(dtype).permute(1, 2, 0)).abs()  # (g,QUERIES,KEYS)
+            products = (C_tile @ B[rows].to(dtype).permute(1, 2, 0)).abs()  # (g,queries,KEYS)
             steps = dt[rows].to(dtype).T.unflatten(0, (g, h // g))  # (g,heads,KEYS)
             if decay:
                 gone = passed[q_rows].T[:, :, None] - passed[rows].T[:, None, :]  # (h,Q,K)
-                left = torch.exp((A.to(dtype)[:, None, None] * gone.to(dtype)).clamp(max=0.0))
-                weights = products[:, None] * steps[:, :, None] * left.unflatten(0, (g, h // g))
-                weights = _heads(weights.flatten(0, 1), mean)
+                left = gone.to(dtype).mul_(A.to(dtype)[:, None, None]).clamp_(max=0.0).exp_()
+                left = left.unflatten(0, (g, h // g)).mul_(steps[:, :, None])
+                weights = _heads(left.mul_(products[:, None]).flatten(0, 1), mean)
             elif mean:
                 weights = (products * steps.sum(1)[:, None]).sum(0) / h
             else:

@@ -19,6 +19,8 @@
 
 #ifdef HOST_FIBERS
 #include <ucontext.h>
+
+#include <csetjmp>
 #else
 #include <barrier>
 #include <thread>

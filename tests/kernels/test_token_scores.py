@@ -19,6 +19,7 @@ from score_cases import (
     ssd_oracle,
 )
 
+import tigon
 from tigon.kernels import launch, launch_tokens
 from tigon.kernels import token_scores as kernels
 from tigon.kernels.launch import plan
@@ -264,6 +265,25 @@ def test_addresses_are_64_bit(device, small_tiles):
     assert torch.equal(
         kernels.ssd_token_scores(q, q, *rest), kernels.ssd_token_scores(near, near, *rest)
     )
+
+
+def test_public_functions_on_the_kernel_backend(device):
+    q, k = (torch.randn(40, 2, 8, device=device) for _ in range(2))
+    lists = dict(
+        query_index=torch.tensor([19, 38, 39], device=device), key_index=torch.arange(40, device=device),
+        cu_queries=torch.tensor([0, 1, 3], device=device), cu_keys=torch.tensor([0, 20, 40], device=device),
+    )  # fmt: skip
+    dt, A = torch.rand(40, 4, device=device), -torch.rand(4, device=device)
+    results = {}
+    for backend in ("kernel", "reference"):
+        with tigon.backend(backend):
+            cu = lists["cu_keys"]
+            results[backend] = (
+                tigon.attention_token_scores(q, k, cu_seqlens_q=cu, **lists),
+                tigon.ssd_token_scores(q, k, dt, A, cu_seqlens=cu, decay=True, **lists),
+            )
+    for a, b in zip(*results.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])

@@ -7,6 +7,7 @@ import torch
 from replay_cases import OPTIONS, Decoder, conv_oracle, oracle, sequences, tree, tree_bits
 
 import tigon
+from tigon.native.mamba2 import replay_flush
 from tigon.ops import ReplayCache, ReplayCursor, replay_advance, replay_commit
 from tigon.reference.state_format import decode_state, encode_state
 
@@ -505,3 +506,11 @@ def test_rings_that_are_strided_inside_a_slot_are_refused():
             *(torch.zeros(3, 4, 3, 8), t["x"], t["dt"], s.A, t["B"], t["C"]),
             replay=(cache, cursor),
         )
+
+
+def test_proposed_flush_holds_a_whole_step_and_is_none_where_little_is_saved():
+    super_layer = {"heads": 128, "p": 64, "n": 128, "state_itemsize": 4}
+    assert replay_flush(1, 1, **super_layer) == 1
+    assert replay_flush(64, 1, **super_layer) == 16
+    for tokens in range(2, 33):
+        assert tokens <= replay_flush(1, tokens, **super_layer) <= 32

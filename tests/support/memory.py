@@ -7,11 +7,14 @@ from torch import Tensor
 def guarded(t: Tensor | None, margin: int = 64) -> Tensor | None:
     """A copy of `t` that lies in a larger buffer of NaN: a kernel that reads beside it gets NaN.
 
-    Integer tensors are surrounded by large numbers.
+    Integer tensors are surrounded by large numbers, masks by True.
     """
     if t is None:
         return None
-    poison = float("nan") if t.is_floating_point() else min(2**30, torch.iinfo(t.dtype).max)
+    if t.is_floating_point():
+        poison = float("nan")
+    else:
+        poison = t.dtype == torch.bool or min(2**30, torch.iinfo(t.dtype).max)
     buffer = torch.full((t.numel() + 2 * margin,), poison, dtype=t.dtype, device=t.device)
     copy = buffer[margin : margin + t.numel()].view(t.shape)
     copy.copy_(t)

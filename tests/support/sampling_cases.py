@@ -11,7 +11,7 @@ import tigon
 from tigon import native
 from tigon.native import sampling as launchers
 from tigon.reference import sampling as reference
-from tigon.reference.sampling import Settings
+from tigon.reference.sampling import Purpose, Settings
 
 
 def chi_square(counts: torch.Tensor, law: torch.Tensor) -> float:
@@ -40,10 +40,17 @@ def processed(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0) -> torc
     return settings.scaled(logits.double()[None]).softmax(-1)[0]
 
 
-def verified(
-    targets, drafts, rule, n, K, dtype=torch.float32, device="cpu", backend="reference", **options
-):
+def draw(logits, seeds, positions, stream, temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
+    """Tokens (b) int32 of the reference with the random bits of any purpose."""
+    numbers = (None, None, None, temperature, top_k, top_p)
+    return reference.sample(logits, seeds, positions, *numbers, stream)
+
+
+def verified(targets, drafts, rule, n, K, dtype=torch.float32, device="cpu", backend="reference",
+             stream=Purpose.DRAFT, **options):  # fmt: skip
     """(counts, law) of the first two tokens of n requests of one prompt; `backend` verifies.
+
+    stream: the random bits that drafts are drawn with; the law holds for `token` and `block` only with their own.
 
     targets, drafts (1+V,V): logits after the prompt, and after the prompt and each first token. A third token, if K
     drafts need one, depends on nothing. Where a step emits one token, a second one is drawn from the target.
@@ -57,7 +64,7 @@ def verified(
     for i in range(K):
         logits.append(drafts[1 + tokens[0].long()] if i == 1 else first)
         at = positions + i
-        tokens.append(tigon.sample(logits[i], seeds=seeds, positions=at, **options))
+        tokens.append(draw(logits[i], seeds, at, stream, **options))
     plain = targets[:1].expand(n, V)
     t = [plain, targets[1 + tokens[0].long()], *[plain] * (K - 1)]
     inputs = (torch.stack(v, 1) for v in (t, tokens, logits))
