@@ -27,8 +27,11 @@ class Step:
 
 
 class Decoder:
-    """The model, its cache, and a drafter or None. longest: tokens of the fullest slot, as the host knows them. settled:
-    whether the last step took the time that such a step takes (a graph's first two do not)."""
+    """The model, its cache, and a drafter or None.
+
+    longest: tokens of the fullest slot, as the host knows them. settled: whether the last step took the time that such
+    a step takes (a graph's first two do not).
+    """
 
     def __init__(
         self,

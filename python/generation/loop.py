@@ -105,8 +105,8 @@ def generate(
             where the model has an MTP head and the tree decides nothing, else 0.
         tree: children by depth, such as (3, 2, 1): a tree of at most 32 nodes, the last token among them, is drafted in
             place of a chain, at most 15 deep. Rules greedy and strict, rollback "replay".
-        temperature, top_k, top_p: of the draws, as in `tigon.sample`; temperature 0 takes the likeliest token. Numbers, or
-            (r) tensors, one a row.
+        temperature, top_k, top_p: of the draws, as in `tigon.sample`; temperature 0 takes the likeliest token. Numbers,
+            or (r) tensors, one a row.
         seed: an int for all rows, or (r) int64, one a row: a row's draws depend on its own seed, its positions and
             nothing else. None: from torch's generator.
         rule: "token" or "block" (rejection sampling), "strict" (the model's own draw, drafts drawn with the same noise:

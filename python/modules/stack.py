@@ -34,8 +34,8 @@ def run_layers(
         (h, the `Routing` of every mixture in order if return_routing, else an empty list).
 
     Raises:
-        ValueError: slots, num_tokens or commit=False without a cache, a tree that is to be counted whole, no room in the
-            cache. TypeError: unknown options.
+        ValueError: slots, num_tokens or commit=False without a cache, a tree that is to be counted whole, no room in
+            the cache. TypeError: unknown options.
     """
     if unknown := set(options) - {"ancestors", "first_node"}:
         raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")

@@ -61,8 +61,8 @@ class Told(Drafter):
     text: list[int]
     start: int
 
-    def draft(self, slots, count, positions, choose):
-        tokens, logits = super().draft(slots, count, positions, choose)
+    def draft(self, slots, count, positions, choose, **options):
+        tokens, logits = super().draft(slots, count, positions, choose, **options)
         at = (positions - self.start).tolist()
         for row, first in enumerate(at):
             for i in range(count):
