@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="time to train (default: 90, or with --token-reduction 1200 steps)",
+        help="time to train (default: 90, or with --token-reduction 900 steps)",
     )
     parser.add_argument("--steps", type=int, help="train this many steps instead, however long")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder to write to")

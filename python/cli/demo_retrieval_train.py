@@ -19,7 +19,9 @@ from tigon.cli.demo_retrieval_task import VOCABULARY, Retrieval, draw
 from tigon.models import HybridConfig, HybridLM
 
 PATTERN = "M*-M*--M*--M*--M*---"
-STEPS = 1200  # the longest length is reached after 700 to 820
+# With 900 steps seed 1 answers 100 % and seed 2 92 % in the last of them. With 1200 the rate falls later, and seed 2
+# forgot both hops when the help ended (8.6 %).
+STEPS = 900
 HOPS = (1, 4)  # the attention layers that are shown the first and the second record
 CHAINS = (6, 12, 32)  # of the curriculum: 48, 96 and 255 visual tokens
 ROWS = (16, 8, 3)  # sequences of a batch
