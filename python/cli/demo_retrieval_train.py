@@ -1,9 +1,9 @@
 """A tiny hybrid that learns two-hop retrieval: its sizes, its training, a curriculum of lengths.
 
-The loss is the cross entropy of the answers, and the model is shown how to go about it: two attention layers get -log of
-the weight that each question gives to its first and to its second record, and behind the first of them its state has to
-spell the pointer. Without this help no hop was learned in 450 steps; with it both are after 350. Where the help ended
-with the shortest length, one seed of three forgot both hops again.
+The loss is the cross entropy of the answers, and the model is shown how to go about it: two attention layers get -log
+of the weight that each question gives to its first and to its second record, and behind the first of them its state has
+to spell the pointer. Without this help no hop was learned in 450 steps; with it both are after 350. Where the help
+ended with the shortest length, a seed forgot both hops again.
 """
 
 import math
