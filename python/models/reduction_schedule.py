@@ -247,6 +247,8 @@ class ReductionSchedule:
                 "; a ramp that removes ever faster averages at least 0.5: a lower average needs early removal "
                 "('stages', 'fastv', or 'power' with a gamma below 1)"
             )
+        # Inwards, so that what the message names can be reached; not by what float arithmetic adds.
+        low, high = math.ceil(1e3 * low - 1e-9) / 1e3, math.floor(1e3 * high + 1e-9) / 1e3
         raise ValueError(
             f"ReductionSchedule: {asked} cannot be reached by {self.kind!r} on {len(pattern)} layers: {name} can be "
             f"{low:.3f} to {high:.3f}{hint}"

@@ -21,6 +21,27 @@ __global__ void reverse(const Reverse a) {
 KernelTable ssd_update_kernels() {
     return {table_row("reverse", reverse)};
 }
+KernelTable conv1d_replay_kernels() {
+    return {};
+}
+KernelTable gather_rows_kernels() {
+    return {};
+}
+KernelTable logit_stats_kernels() {
+    return {};
+}
+KernelTable select_tokens_kernels() {
+    return {};
+}
+KernelTable ssd_replay_kernels() {
+    return {};
+}
+KernelTable verify_draft_kernels() {
+    return {};
+}
+KernelTable verify_tree_kernels() {
+    return {};
+}
 KernelTable amax_kernels() {
     return {};
 }

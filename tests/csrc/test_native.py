@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from decode_cases import ssd_plain
 
 import tigon
 from tigon import native
-from tigon.native import arguments, loader, mamba2, moe, quantize
+from tigon.native import arguments, loader, mamba2, moe, quantize, replay, sampling, tokens
 
 FORMAT = {"int64": "q", "int": "i", "float": "f"}
 
@@ -263,9 +264,12 @@ def test_extension_of_this_build_has_every_kernel_that_is_planned():
         for state in arguments.FORMATS:
             conv = mamba2.plan_conv1d_update(1, 8, io, state).kernel
             assert sizes.pop(conv) == mamba2.CONV1D_UPDATE.size
-            for vectors in (True, False):
-                ssd = mamba2.plan_ssd_update(1, 1, 1, 8, 8, io, state, vectors).kernel
-                assert sizes.pop(ssd) == mamba2.SSD_UPDATE.size
+        for state, vectors in itertools.product((*arguments.FORMATS, "i8", "e4m3"), (True, False)):
+            ssd = mamba2.plan_ssd_update(1, 1, 1, 8, 8, io, state, vectors).kernel
+            assert sizes.pop(ssd) == mamba2.SSD_UPDATE.size
+            ssd = replay.plan_ssd_replay(1, 1, 1, 8, 8, 16, False, io, state, vectors).kernel
+            assert sizes.pop(ssd) == replay.SSD_REPLAY.size
+        assert sizes.pop(replay.plan_conv1d_replay(1, 8, io).kernel) == replay.CONV1D_REPLAY.size
         assert sizes.pop(quantize.plan_amax(1, 1, io).kernel) == quantize.AMAX.size
         for rounding in range(3):
             nvfp4 = quantize.plan_quantize_nvfp4(1, 1, io, rounding).kernel
@@ -287,7 +291,18 @@ def test_extension_of_this_build_has_every_kernel_that_is_planned():
         (moe.plan_backward(1, 1), moe.MOE_ROUTE_BACKWARD),
     ):
         assert sizes.pop(plan.kernel) == packed.size
-    assert not sizes
+    threshold, place = tokens.plan_select_tokens(1, 1)
+    assert sizes.pop(threshold.kernel) == tokens.SELECT_THRESHOLD.size
+    assert sizes.pop(place.kernel) == tokens.PLACE_TOKENS.size
+    assert sizes.pop(tokens.plan_gather_rows(1, ((16, 1),)).kernel) == tokens.GATHER_ROWS.size
+    assert sizes.pop(sampling.plan_tree_links(1).kernel) == sampling.TREE_LINKS.size
+    plans = {}
+    for io in arguments.FORMATS:
+        blocks = (2, 3, 2, 9000, io, sampling.BLOCK_RULE, True, True, False)
+        trees = (2, 3, 0, 9000, io, sampling.STRICT, False, True, True)
+        for options in (blocks, trees):
+            plans |= {p.kernel: 0 for p in sampling.plan_sampling(*options).values()}
+    assert {name: sampling.SAMPLING.size for name in plans if "tree_links" not in name} == sizes
 
 
 def test_extension_without_a_gpu_raises_what_cuda_says():
