@@ -95,7 +95,7 @@ def test_gamma_is_solved_where_both_ends_are_given():
 def test_the_last_mixer_decides_what_the_end_can_be():
     """In "MM--" nothing is chosen after layer 1: the end of the ramp moves so that layer 2 meets it."""
     assert ReductionSchedule("linear", final=0.5).plan("MM--").final == pytest.approx(0.5)
-    with pytest.raises(ValueError, match=r"final=0.1 cannot be reached .* final can be 0.333 to 1"):
+    with pytest.raises(ValueError, match=r"final=0.1 cannot be reached .* final can be 0.334 to 1"):
         ReductionSchedule("linear", final=0.1).plan("MM--")
 
 
