@@ -80,7 +80,7 @@ class Decoder:
             if self.drafter is not None:
                 following = ids.roll(-1, 1)
                 following[row, num_tokens - 1] = tokens[:, 0].to(ids.dtype).clamp(min=0)
-                self.drafter.read_prompts(slots, hidden, following, num_tokens)
+                self.drafter.read(slots, hidden, following, num_tokens)
         return self._result(logits, tokens, accepted)
 
     def _reduced(

@@ -29,24 +29,18 @@ class Drafter:
         dtype = model.backbone.norm_f.weight.dtype
         self.cache = model.mtp.allocate_cache(slots, max_length)
         self.room = room
-        self.hidden = torch.zeros(
-            slots, room + 1, width, dtype=dtype, device=device
-        )  # the last is a dummy
+        # The inbox; its last column is a dummy.
+        self.hidden = torch.zeros(slots, room + 1, width, dtype=dtype, device=device)
         self.tokens = torch.zeros(slots, room + 1, dtype=torch.int64, device=device)
         self.count = torch.zeros(slots, dtype=torch.int64, device=device)
         self.bound = 0  # no slot's count is larger, as far as the host knows
-        self.last = torch.zeros(
-            slots, width, dtype=dtype, device=device
-        )  # its newest output, by slot
+        # Its newest output, by slot.
+        self.last = torch.zeros(slots, width, dtype=dtype, device=device)
 
     def reset(self, slots: Tensor) -> None:
         """Forget what slots (i) int64 hold."""
         self.cache.reset(slots)
         self.count.index_fill_(0, slots, 0)
-
-    def read_prompts(self, slots: Tensor, hidden: Tensor, tokens: Tensor, num: Tensor) -> None:
-        """hidden (b,l,d) after each token of the prompts, tokens (b,l) that follow each, num (b) real ones."""
-        self._read(slots, hidden, tokens, num)
 
     def receive(self, slots: Tensor, hidden: Tensor, tokens: Tensor, num: Tensor) -> None:
         """Into the inbox: the first num (b) of hidden (b,m,d) and of the tokens (b,m) that follow them."""
@@ -76,11 +70,12 @@ class Drafter:
         rows, width = slots.shape[0], self.unread
         num = read_slots(self.count, slots, rows)
         hidden, tokens = (read_slots(t, slots, rows)[:, :width] for t in (self.hidden, self.tokens))
-        self._read(slots, hidden, tokens, num)
+        self.read(slots, hidden, tokens, num)
         write_slots(self.count, torch.zeros_like(num), slots)
         self.bound = 0
 
-    def _read(self, slots, hidden, tokens, num) -> None:
+    def read(self, slots: Tensor, hidden: Tensor, tokens: Tensor, num: Tensor) -> None:
+        """hidden (b,l,d) after each token of the model, tokens (b,l) that follow each, num (b) real ones."""
         model = self.model
         out = model.mtp(
             hidden,

@@ -3,7 +3,7 @@
     MambaCache       states after the last token; a call advances them for good
     SnapshotCache    a call leaves the pool alone and keeps the state after each of its tokens, by slot: m states more
                      a slot; `keep` copies the one that is wanted
-    ReplayCache      a call leaves the state alone and keeps its inputs in a ring (tigon.ops.replay): a state is
+    ReplayMambaCache a call leaves the state alone and keeps its inputs in a ring (tigon.ops.replay): a state is
                      rewritten once in `flush` tokens, and a token is undone by not moving the cursor
 
 All three answer `step` (a few tokens a row, by the decode ops), `read` and `write` (any number, by the scan).

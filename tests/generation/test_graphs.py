@@ -3,6 +3,8 @@
 Without a GPU a graph is a stand-in whose replay makes the step again from the captured inputs.
 """
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ class Again:
 
 
 class Steps(graphs.StepGraphs):
-    made: list["Steps"] = []  # noqa: RUF012
+    made: ClassVar[list["Steps"]] = []
 
     def __init__(self, decoder):
         super().__init__(decoder)

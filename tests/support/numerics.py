@@ -2,12 +2,15 @@
 
 A kernel (or a faster reference) passes if its relative RMS error against fp64 is at most twice that of an
 honest baseline (the reference that rounds operands exactly where the kernel feeds tensor cores) plus one
-rounding of the output (more for a handful of elements, whose RMS is a matter of luck), and if no single element
-is further off than `cap` times that allowance.
+rounding of the output, and if no single element is further off than `cap` times that allowance. Of a tensor with
+fewer than FEW elements (gradients by head) the baseline's RMS is itself a draw, some 1 / sqrt(2 n) of it off: there
+the factor is 2 + 2 / sqrt(n).
 """
 
 import torch
 from torch import Tensor
+
+FEW = 32
 
 
 def rms(t: Tensor) -> float:
@@ -30,8 +33,8 @@ def assert_close_to_oracle(
         return
     assert torch.isfinite(got).all(), f"{name}: not finite"
     unit = torch.finfo(got.dtype).eps
-    # The baseline's RMS over n elements is itself a draw, some 1 / sqrt(2 n) of it off.
-    allowed = 2 * (1 + oracle.numel() ** -0.5) * relative_rms(baseline, oracle) + unit
+    luck = oracle.numel() ** -0.5 if oracle.numel() < FEW else 0.0
+    allowed = 2 * (1 + luck) * relative_rms(baseline, oracle) + unit
     error = relative_rms(got, oracle)
     assert error <= allowed, f"{name}: relative RMS error {error:.3g}, allowed {allowed:.3g}"
     largest = (got.double() - oracle.double()).abs().max().item()
