@@ -55,7 +55,7 @@ def once(prepare: Callable[[Mapping], object]) -> Callable[[Mapping], object]:
 
 def is_random(name: str, op: str) -> bool:
     """Whether what this peer returns of `op` differs from call to call by nature."""
-    return op in getattr(import_module(f"tigon.bench.peers.{name}"), "RANDOM", ())
+    return name in NAMES and op in getattr(import_module(f"tigon.bench.peers.{name}"), "RANDOM", ())
 
 
 def find(work: Workload, wanted: Sequence[str], device: str) -> tuple[dict[str, Callable], dict]:
