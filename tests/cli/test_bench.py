@@ -3,12 +3,11 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-from tigon.bench import lowprec, run, timing, workloads
+from tigon.bench import lowprec, run, workloads
 from tigon.bench.peers import find
 from tigon.bench.variants import variants
 from tigon.bench.work import stored, work
@@ -134,25 +133,3 @@ def test_the_gate_cuts_tokens_only():
     cut = run.gate_sizes("ssd_scan", sizes, "forward", "cpu")
     assert 128 <= cut.pop("l") < 2**17
     assert cut == {k: v for k, v in sizes.items() if k != "l"}
-
-
-def test_quantiles_interpolate():
-    found = timing.summary([5.0, 1.0, 2.0, 3.0, 4.0], "")
-    assert (found.median, found.p20, found.p80, found.n) == (3.0, 1.8, 4.2, 5)
-
-
-def test_measured_time_is_that_of_one_call():
-    found = timing.measure({"sleep": lambda: time.sleep(2e-3)}, "cpu", repeat=3)["sleep"]
-    assert 2e-3 <= found.median < 2e-2
-    busy = timing.measure({"sleep": lambda: time.sleep(2e-3)}, "cpu", repeat=3, clock="cpu")
-    assert busy["sleep"].median < 1e-3
-
-
-def test_peak_memory_counts_what_lived_at_once():
-    def call():
-        first = torch.ones(1000)
-        second = first + 1
-        del first
-        return second * 2
-
-    assert 8000 <= timing.peak_memory(call, "cpu") < 8100  # and a few bytes of scalars
