@@ -94,7 +94,7 @@ def sweeps(run: Mapping) -> Iterator[tuple[str, list[dict]]]:
 
 def quantity(value: float, unit: str = "") -> str:
     """Three digits with a prefix: "3.35 TB/s"."""
-    power = max((p for p in PREFIXES if abs(value) >= 10.0**p), default=min(PREFIXES))
+    power = max((p for p in PREFIXES if abs(value) >= 10.0**p), default=-9 if value else 0)
     return f"{value / 10.0**power:.3g} {PREFIXES[power]}{unit}".rstrip()
 
 

@@ -49,6 +49,7 @@
 
   const form = byId("filters");
   form.addEventListener("input", filter);
+  form.addEventListener("change", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => {
     order(heads[0], null);

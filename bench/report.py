@@ -59,7 +59,7 @@ def embedded(run: Mapping) -> str:
 def headline(run: Mapping) -> dict[str, str]:
     env, gates = run["env"], [labels.green(item) for item in run["cases"]]
     red = gates.count(False)
-    verdict = f"All {len(gates)} gates are green."
+    verdict = "All gates are green." if gates else "No case ran."
     if red:
         verdict = f"{red} of {len(gates)} gates {'is' if red == 1 else 'are'} red: a wrong result has no time."
     words = (env.get("date"), f"Tigon {env.get('tigon')}", env.get("commit"))
@@ -69,7 +69,7 @@ def headline(run: Mapping) -> dict[str, str]:
         "title": escape(f"{title} · {env.get('date')}"),
         "heading": escape(title),
         "subtitle": escape(" · ".join(str(word) for word in words if word)),
-        "verdict": verdict if gates else "No case ran.",
+        "verdict": verdict,
         "verdict_class": "bad" if red or not gates else "good",
         "download": escape(file_name),
         "footer": escape(
