@@ -103,8 +103,8 @@ assert compute == ["moe_experts, 65536 tokens", "scaled_mm W4A16, 8192 rows"]
 # ## A measured call
 #
 # `share` = time at the roof / measured time. Near 1 only less work can be faster; far below, look for what else the
-# call does: intermediate results, small steps, arithmetic that is no product. Above 1, bytes came from a cache and not from
-# memory. `tigon bench OP` prints this column for every op.
+# call does: intermediate results, small steps, arithmetic that is no product. Above 1, bytes came from a cache.
+# `tigon bench OP` prints this column for every op.
 
 # %%
 for op, slice_of in (("ssd_update", {"b": 32}), ("ssd_scan", {"l": 1024, "h": 64})):
@@ -120,10 +120,9 @@ for op, slice_of in (("ssd_update", {"b": 32}), ("ssd_scan", {"l": 1024, "h": 64
 if args.plot:
     import matplotlib.pyplot as plt
 
-    x = torch.logspace(-1, 4, 100)
-    plt.loglog(x, torch.minimum(x * gpu.copy, torch.tensor(gpu.flops("bfloat16"))), "k")
+    most = gpu.flops("bfloat16")
+    plt.loglog([0.1, most / gpu.copy, 1e4], [0.1 * gpu.copy, most, most], "k")
     for name, at in intensity.items():
-        plt.axvline(at, lw=0.5)
-        plt.text(at, gpu.copy, name, rotation=90, fontsize=7)
-    plt.xlabel("FLOPs a byte"), plt.ylabel(f"FLOP/s at most, {gpu.device}")
+        plt.loglog(at, min(at * gpu.copy, most), "o", label=name)
+    plt.xlabel("FLOPs a byte"), plt.ylabel(f"FLOP/s at most, {gpu.device}"), plt.legend(fontsize=7)
     plt.savefig(args.plot / "roofline.png")
