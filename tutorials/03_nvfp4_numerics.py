@@ -46,13 +46,14 @@ def by_hand(x):
 
 
 x = torch.randn(512, 1024)
-q = tigon.quantize_nvfp4(x)
-codes, scale, tensor_scale = by_hand(x)  # (m,k/2), (m,k/16), ()
-assert torch.equal(codes, q.codes) and torch.equal(tensor_scale, q.tensor_scale)
-assert torch.equal(scale.view(torch.uint8), q.block_scale.view(torch.uint8))
-print(
-    f"by hand and by tigon: the same {codes.numel():,} bytes of codes, {scale.numel():,} of scales"
-)
+ties = torch.randint(-24, 25, x.shape) / 4  # quarters: with scales of 1, many lie between two codes
+ties[:, ::16], ties[0, 0] = 6, 2688
+for t in (x, ties):
+    q, (codes, scale, tensor_scale) = tigon.quantize_nvfp4(t), by_hand(t)
+    assert torch.equal(codes, q.codes) and torch.equal(tensor_scale, q.tensor_scale)
+    assert torch.equal(scale.view(torch.uint8), q.block_scale.view(torch.uint8))
+sizes = f"{codes.numel():,} bytes of codes, {scale.numel():,} of scales"
+print(f"by hand and by tigon: the same {sizes}")
 
 # %% [markdown]
 # ## Decibels
