@@ -10,8 +10,7 @@ from tigon.bench.workloads import Workload
 OPS = torch_eager.OPS
 PACKAGE = "torch"
 LOOPS = ("grouped_mm", "moe_experts")
-ON_CPU = (
-)
+ON_CPU = ()
 
 
 def build(work: Workload) -> Callable:

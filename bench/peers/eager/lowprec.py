@@ -50,7 +50,7 @@ def quantize_nvfp4(work: Workload) -> Parts:
 
     def compute(x):
         row = _nvfp4(x, square, bounds)
-        return row if work.variant == "row" else (*row, *_nvfp4(x.T, square, bounds))
+        return row if work.variant == "row" else (*row, *_nvfp4(x.T.contiguous(), square, bounds))
 
     return named("x"), compute
 
@@ -66,7 +66,7 @@ def _mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_mxfp8(work: Workload) -> Parts:
     def compute(x):
         row = _mxfp8(x)
-        return row if work.variant == "row" else (*row, *_mxfp8(x.T))
+        return row if work.variant == "row" else (*row, *_mxfp8(x.T.contiguous()))
 
     return named("x"), compute
 
