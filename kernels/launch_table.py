@@ -211,7 +211,7 @@ def checked(row: object, arch: int, source: str = "") -> Row:
         if name in BY_BATCH and not any(isinstance(v, list) for v in when.values()):
             raise ValueError(f"{name} depends on the batch: `when` must name one of {MOVING[op]}")
     new = replaced(planned, kernel, fields)[kernel]
-    used = least_shared(new, sizes)
+    used = least_shared(kernel, new, sizes)
     if used > SHARED_LIMIT[arch] * 1024:
         raise ValueError(
             f"takes at least {used // 1024} KB of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}"
@@ -273,16 +273,20 @@ def _check_field(config: object, name: str, value: object, arch: int) -> None:
         raise ValueError(f"{name}={value} must be {said}")
 
 
-def least_shared(config: object, sizes: Mapping[str, object]) -> int:
+def least_shared(kernel: str, config: object, sizes: Mapping[str, object]) -> int:
     """Bytes of shared memory that a kernel takes at least: the operands that a pipeline of its stages holds.
 
-    A lower bound: what is over the limit cannot run, what is under it may still not.
+    A lower bound: what is over the limit cannot run, what is under it may still not. 0 where none is known: products of
+    fp32 in three TF32 ones need not be pipelined (64 x 64 x 32 in 3 stages takes 9 KB on sm_120).
     """
     c, itemsize = asdict(config), int(sizes["itemsize"])
     ahead = max(0, c.get("stages", 1) - 1)
     kind = type(config).__name__
+    if c.get("precision") == "tf32x3" and kind != "ScanConfig":
+        return 0
     if kind == "ScanConfig":
-        return ahead * c["q"] * (c["block_p"] + 2 * c["block_n"]) * itemsize
+        matrices = 2 if kernel == "walk" else 1  # B and C; x may go through registers
+        return ahead * c["q"] * matrices * c["block_n"] * itemsize
     if kind == "GemmConfig":
         bits = {"nvfp4": 4}
         left, right = (sizes["b_format"], sizes["a_format"])
@@ -294,6 +298,8 @@ def least_shared(config: object, sizes: Mapping[str, object]) -> int:
         )
         return ahead * c["block_k"] * both // 8
     if kind == "GroupedConfig":
+        if kernel == "weight_gradient":  # what is loaded by an index takes two stages more
+            ahead = max(0, ahead - 2)
         format = sizes.get("format", "plain")
         weight = itemsize * 8 if format == "plain" else 4 if format == "nvfp4" else 8
         sides = (

@@ -157,7 +157,7 @@ WRONG = {
     "segment": (ROW | {"config": {"segment": 100}}, "segment=100 must be a multiple of 64"),
     "shared memory": (
         ROW | {"config": {"q": 128, "stages": 8}},
-        "takes at least 560 KB of shared memory, sm_90 has 227",
+        "takes at least 448 KB of shared memory, sm_90 has 227",
     ),
     "static size": (ROW | {"when": MOVING | {"h": 128}}, "must name p, n, itemsize"),
     "unknown size": (ROW | {"when": STATIC | {"t": 4}}, "not t"),
