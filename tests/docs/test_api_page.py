@@ -41,13 +41,14 @@ def shown() -> dict[str, object]:
     """What the page's directives show."""
     found = {}
     for kind, path, options in DIRECTIVE.findall(PAGE):
-        thing = resolve(path)
         if kind != "module":
-            found[path] = thing
-            continue
-        listed = re.search(r":members:(.*)", options)[1].replace(" ", "")
-        names = listed.split(",") if listed else [n.rpartition(".")[2] for n in public(path)]
-        found |= {f"{path}.{name}": getattr(thing, name) for name in names}
+            found[path] = resolve(path)
+        elif listed := re.search(r":members:(.*)", options):
+            names = listed[1].replace(" ", "").split(",")
+            if names == [""]:
+                found |= public(path)
+            else:
+                found |= {f"{path}.{name}": getattr(import_module(path), name) for name in names}
     return found
 
 
@@ -61,3 +62,13 @@ def test_what_the_page_shows_is_explained():
     callables = {name: thing for name, thing in shown().items() if callable(thing)}
     assert len(callables) > 60
     assert [n for n, thing in callables.items() if len((thing.__doc__ or "").split()) < 4] == []
+
+
+def test_a_docstring_that_points_to_the_top_of_its_module_has_it_on_the_page():
+    modules = {path for kind, path, _ in DIRECTIVE.findall(PAGE) if kind == "module"}
+    pointing = {
+        thing.__module__
+        for thing in shown().values()
+        if "top of the module" in (thing.__doc__ or "")
+    }
+    assert pointing and pointing <= modules
