@@ -72,10 +72,11 @@ def interrupt(number: int, frame: object) -> None:
 def sweep() -> None:
     """End everything below this process: also what hid in a session of its own and lost its parent."""
     for _ in range(3):
-        left = descendants(os.getpid())
-        if not left:
-            return
-        end(left)
+        if left := descendants(os.getpid()):
+            end(left)
+    with suppress(ChildProcessError):  # no process of ours is left
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def end(pids: Iterable[int], group: int | None = None) -> None:

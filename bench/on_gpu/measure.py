@@ -15,35 +15,42 @@ LEAST = 8  # seconds in which something can still be measured
 
 @dataclass(frozen=True)
 class Job:
-    """One process. every: all variants, not only the first, for as long as there is time."""
+    """One process. extra: more arguments; such a job is run for as long as there is time."""
 
     mode: str
     ops: tuple[str, ...]
-    every: bool = False
+    extra: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return " ".join((*self.ops, self.mode, *(["variants"] if self.every else [])))
+        return " ".join((*self.ops, self.mode, *self.extra))
 
     @property
     def file(self) -> str:
-        return f"{self.every:d}-{self.ops[0]}-{len(self.ops)}-{self.mode}.json"
+        extra = "".join(self.extra).replace("--", "-").strip("-")
+        return f"{extra or 'a'}_{self.ops[0]}_{len(self.ops)}_{self.mode}.json"
 
 
-def jobs(ops: list[dict], every: bool) -> list[Job]:
-    """A process a family and mode; then, with `every`, one an op for its variants."""
-    families: dict[str, list[str]] = {}
+def jobs(ops: list[dict], extras: bool) -> list[Job]:
+    """A process a family and mode. extras: then the short calls as CUDA graphs, and an op's variants a process."""
+    families: dict[str, list[dict]] = {}
     for op in ops:
-        families.setdefault(op["family"], []).append(op["op"])
-    trained = {op["op"] for op in ops if op["backward"] == "yes"}
-    found = [Job("forward", tuple(names)) for names in families.values()]
-    for names in families.values():
-        if both := tuple(name for name in names if name in trained):
-            found.append(Job("step", both))
-    return found + [Job("forward", (op["op"],), True) for op in ops if every]
+        families.setdefault(op["family"], []).append(op)
+    plain = {name: tuple(op["op"] for op in found) for name, found in families.items()}
+    train = {
+        name: tuple(op["op"] for op in found if op["backward"] == "yes")
+        for name, found in families.items()
+    }
+    found = [Job("forward", names) for names in plain.values()]
+    found += [Job("step", names) for names in train.values() if names]
+    if extras:
+        short = (tuple(op["op"] for op in f if op["kernel"] == "cuda") for f in families.values())
+        found += [Job("forward", names, ("--graph",)) for names in short if names]
+        found += [Job("forward", (op["op"],), ("--variant", "all")) for op in ops]
+    return found
 
 
 def bench(stage: Stage) -> str:
-    """A process a family; where one crashes, is wrong or hangs, one an op, so that it costs one op only."""
+    """A process a family; where one crashes or hangs, one an op, so that it costs one op only."""
     parts = stage.folder / "bench"
     if stage.again and parts.is_dir():
         shutil.rmtree(parts)
@@ -51,31 +58,32 @@ def bench(stage: Stage) -> str:
     peers(stage)
     given = os.environ.get("BENCH")
     arguments = (BENCH if given is None else given).split()
-    todo = jobs(stage.ops(), every=given is None and stage.device == "cuda")
+    todo = jobs(stage.ops(), extras=given is None and stage.device == "cuda")
     bad, late, over = {}, [], []
     while todo:
         job = todo.pop(0)
         if (parts / job.file).is_file():
             continue
-        if stage.left() < LEAST * (1 + 2 * job.every):
-            (over if job.every else late).append(str(job))
+        if stage.left() < LEAST * (3 if job.extra else 1):
+            (over if job.extra else late).append(str(job))
             continue
         code = measure(stage, job, parts, arguments)
         if code == 0:
             continue
-        if len(job.ops) > 1 and stage.left() > LEAST:
-            todo[:0] = [Job(job.mode, (op,)) for op in job.ops]
+        if (parts / job.file).with_suffix(".part").is_file():
+            bad |= faults(stage, job, parts, code)
+        elif len(job.ops) > 1 and stage.left() > LEAST:
+            todo[:0] = [Job(job.mode, (op,), job.extra) for op in job.ops]
         elif code is None and stage.left() < LEAST:
-            (over if job.every else late).append(str(job))
+            (over if job.extra else late).append(str(job))
         else:
-            words = {None: "too slow", 2: "wrong result"}
-            bad[str(job)] = words.get(code, f"exit code {code}")
+            bad[str(job)] = "too slow" if code is None else f"exit code {code}"
     count = join(parts, stage.folder / "bench.json")
     stage.facts |= {"cases": count, "failed": bad, "not_run": late + over, "arguments": arguments}
     note = f"{count} cases"
     note += f"; failed: {', '.join(f'{op} ({why})' for op, why in bad.items())}" if bad else ""
     note += f"; not run: {', '.join(late)}" if late else ""
-    note += f"; no time for the variants of {len(over)} ops" if over else ""
+    note += f"; no time for {len(over)} extras" if over else ""
     if bad:
         raise Failed(note)
     if late:
@@ -89,15 +97,24 @@ def measure(stage: Stage, job: Job, parts: Path, arguments: list[str]) -> int | 
     part = file.with_suffix(".part")
     part.unlink(missing_ok=True)
     command = ["bench", *job.ops, "--mode", job.mode, "--device", stage.device, "--json", part]
-    command += ["--variant", "all"] if job.every else []
-    box = START + CASE * (3 if job.every else len(job.ops))
+    box = START + CASE * (3 if job.extra else len(job.ops))
     try:
-        code = stage.tigon(*command, *arguments, box=box)
+        code = stage.tigon(*command, *job.extra, *arguments, box=box)
     except OutOfTime:
         return None
     if code == 0 and part.is_file():
         part.replace(file)
     return code
+
+
+def faults(stage: Stage, job: Job, parts: Path, code: int | None) -> dict[str, str]:
+    """What went wrong in a process that ended by itself. The part is kept for the record, but done again next time."""
+    cases = json.loads((parts / job.file).with_suffix(".part").read_text())["cases"]
+    wrong = {case["case"]["op"] for case in cases if not case["check"]["ok"]}
+    absent = set(job.ops) - {case["case"]["op"] for case in cases}
+    found = {f"{op} {job.mode}": "wrong result" for op in sorted(wrong)}
+    found |= {f"{op} {job.mode}": "no result: see the log" for op in sorted(absent)}
+    return found or {str(job): f"exit code {code}: see the log"}
 
 
 def peers(stage: Stage) -> None:
@@ -115,20 +132,15 @@ def peers(stage: Stage) -> None:
 
 
 def join(parts: Path, into: Path) -> int:
-    """One record of all parts, in schema 2 (or, by an older `tigon bench`, schema 1); the number of its cases.
-
-    A case that was measured twice is there once: with the other variants beside it.
-    """
-    records = [json.loads(file.read_text()) for file in sorted(parts.glob("*.json"))]
+    """One record of all parts; the number of its cases. A case that was measured twice is there once."""
+    files = [*sorted(parts.glob("*.part")), *sorted(parts.glob("*.json"))]
+    records, cases = [json.loads(file.read_text()) for file in files], {}
     if not records:
         into.unlink(missing_ok=True)
         return 0
-    old = isinstance(records[0], list)
-    cases = {}
     for record in records:
-        for case in record if old else record["cases"]:
+        for case in record["cases"]:
             cases[json.dumps(case["case"], sort_keys=True)] = case
-    whole = {} if old else {**records[-1], "command": "bench/on_gpu.sh bench"}
-    found = list(cases.values())
-    into.write_text(json.dumps(found if old else whole | {"cases": found}, indent=1) + "\n")
-    return len(found)
+    whole = {**records[-1], "command": "bench/on_gpu.sh bench", "cases": list(cases.values())}
+    into.write_text(json.dumps(whole, indent=1) + "\n")
+    return len(cases)
