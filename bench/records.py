@@ -50,6 +50,7 @@ def _schema(found: object) -> int | None:
 def from_schema_1(cases: list[dict]) -> dict:
     """Schema 1 was a list of cases with an environment each, without a roof; its "backward" was a step."""
     modes = {"backward": "step"}
+    first = {"variant": ""}  # its earliest files know no variants
     new = {"preset": None, "seed": 0, "cold": False, "graph": False, "backend": None, "sweep": None}
     return {
         "schema": 2,
@@ -59,6 +60,7 @@ def from_schema_1(cases: list[dict]) -> dict:
         "cases": [
             {
                 "case": {
+                    **first,
                     **c["case"],
                     **new,
                     "mode": modes.get(c["case"]["mode"], c["case"]["mode"]),

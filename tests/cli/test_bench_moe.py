@@ -129,7 +129,17 @@ def test_the_three_kinds_of_keeping_are_measured(tigon_command, tmp_path):
     peaks = {}
     for variant in ("hidden", "relu", "nothing"):
         argv = ("--shape", "t=3000,k=4,e=8,m=96,l=16", "--dtype", "float32", "--repeat", "1")
-        rest = ("--mode", "step", "--peers", "none", "--no-roof", "--device", "cpu", "--json", str(file))
+        rest = (
+            "--mode",
+            "step",
+            "--peers",
+            "none",
+            "--no-roof",
+            "--device",
+            "cpu",
+            "--json",
+            str(file),
+        )
         code, out = tigon_command("bench", "moe_experts", "--variant", variant, *argv, *rest)
         assert code == 0, out
         (found,) = json.loads(file.read_text())["cases"]
