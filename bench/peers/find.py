@@ -80,11 +80,6 @@ def once(prepare: Callable[[Mapping], object]) -> Callable[[Mapping], object]:
     return prepared
 
 
-def named(*names: str) -> Callable[[Mapping], tuple]:
-    """inputs -> those of these names."""
-    return lambda inputs: tuple(inputs[name] for name in names)
-
-
 def find(work: Workload, wanted: Sequence[str], device: str) -> tuple[dict[str, Callable], dict]:
     """(callables by name; reasons of those that cannot run, by name). wanted: names, ["auto"] or ["none"]."""
     if "none" in wanted:
