@@ -86,11 +86,6 @@ def is_random(name: str, op: str) -> bool:
     return name in NAMES and op in getattr(import_module(f"tigon.bench.peers.{name}"), "RANDOM", ())
 
 
-def named(*names: str) -> Callable[[Mapping], tuple]:
-    """inputs -> those of these names."""
-    return lambda inputs: tuple(inputs[name] for name in names)
-
-
 def find(work: Workload, wanted: Sequence[str], device: str) -> tuple[dict[str, Callable], dict]:
     """(callables by name; reasons of those that cannot run, by name). wanted: names, ["auto"] or ["none"]."""
     if "none" in wanted:

@@ -1,17 +1,15 @@
 """Plain torch for the low-precision ops: the formulas of the formats, and the dense product of what the operands stand
-for. (take, compute) of a workload, as in mamba2.py."""
-
-from collections.abc import Callable
+for."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tigon.bench.peers.find import named, once
+from tigon.bench.peers.eager.parts import Parts, named
+from tigon.bench.peers.find import once
 from tigon.bench.workloads import Workload
 from tigon.reference.quantize import unswizzle
 
-Parts = tuple[Callable, Callable]
 E4M3 = torch.float8_e4m3fn
 MOST = 448.0  # of E4M3
 # Between neighbours of E2M1's 0, 0.5, 1, 1.5, 2, 3, 4, 6; ties go to even codes, so every other bound is a little less.

@@ -1,15 +1,12 @@
-"""Plain torch for the Mamba-2 layer. Each function gives (take, compute) of a workload: take(inputs) are the arguments
-of compute, which torch.compile may compile; what take prepares, a model would have prepared too."""
-
-from collections.abc import Callable
+"""Plain torch for the Mamba-2 layer."""
 
 import torch
 import torch.nn.functional as F
 
-from tigon.bench.peers.find import named, once
+from tigon.bench.peers.eager.parts import Parts, named
+from tigon.bench.peers.find import once
 from tigon.bench.workloads import Workload
 
-Parts = tuple[Callable, Callable]
 CHUNK = 128
 EPS = 1e-5
 

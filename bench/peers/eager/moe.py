@@ -1,16 +1,12 @@
-"""Plain torch for mixtures of experts: top-k and a stable sort, a loop over experts. (take, compute) of a workload, as
-in mamba2.py."""
-
-from collections.abc import Callable
+"""Plain torch for mixtures of experts: top-k and a stable sort, a loop over experts."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tigon.bench.peers.find import named, once
+from tigon.bench.peers.eager.parts import Parts, named
+from tigon.bench.peers.find import once
 from tigon.bench.workloads import Workload
-
-Parts = tuple[Callable, Callable]
 
 
 def _places(indices: Tensor, experts: int) -> tuple[Tensor, ...]:

@@ -1,5 +1,5 @@
 """Plain torch for sampling and chains of drafts, as gpt-fast and transformers write them: a draw is the argmax of the
-probabilities over exponential noise, which waits for nothing. (take, compute) of a workload, as in mamba2.py.
+probabilities over exponential noise, which waits for nothing.
 
 Random numbers are torch's own. The workloads' logits leave little to them, so tokens can be compared all the same.
 """
@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tigon.bench.peers.find import named
+from tigon.bench.peers.eager.parts import Parts, named
 from tigon.bench.workloads import Workload
-
-Parts = tuple[Callable, Callable]
 
 
 def _race(weights: Tensor) -> Tensor:

@@ -1,14 +1,9 @@
-"""Plain torch for token reduction: softmax weights of a few queries, top-k of each sequence, index_select. (take,
-compute) of a workload, as in mamba2.py."""
-
-from collections.abc import Callable
+"""Plain torch for token reduction: softmax weights of a few queries, top-k of each sequence, index_select."""
 
 import torch
 
-from tigon.bench.peers.find import named
+from tigon.bench.peers.eager.parts import Parts, named
 from tigon.bench.workloads import Workload
-
-Parts = tuple[Callable, Callable]
 
 
 def attention_token_scores(work: Workload) -> Parts:
