@@ -36,8 +36,6 @@ STATIC: dict[str, tuple[str, ...]] = {
     "causal_conv1d_backward": ("d", "width", "itemsize", "states"),
     "gated_rms_norm": _NORM,
     "gated_rms_norm_backward": _NORM,
-    "rms_norm": _NORM,
-    "rms_statistics": _NORM,
     "scaled_mm": ("n", "k", "itemsize", "a_format", "b_format"),
     "grouped_mm": _GROUPED,
     "grouped_mm_backward": _GROUPED,
@@ -46,6 +44,8 @@ STATIC: dict[str, tuple[str, ...]] = {
     "attention_token_scores": ("hq", "hkv", "dim", "itemsize", "lse"),
     "ssd_token_scores": ("h", "n", "itemsize", "decay"),
 }
+# Plans of the same launches under other names.
+SAME = {"rms_norm": "gated_rms_norm", "rms_statistics": "gated_rms_norm"}
 # A convolution's outputs do not depend on its tiles; a norm's do, and its launcher knows of no mode.
 MOVING: dict[str, tuple[str, ...]] = {
     "ssd_scan": ("b", "l"),
@@ -114,6 +114,7 @@ def tuned(
 ) -> tuple[dict[str, object], dict[str, str]]:
     """(configs with the fields of the rows that fit, the source of those by kernel)."""
     sources: dict[str, str] = {}
+    op = SAME.get(op, op)
     for row in rows(arch, os.environ.get("TIGON_LAUNCH_TABLE", "")):
         if row.op == op and row.kernel in configs and row.fits(sizes):
             configs = replaced(configs, row.kernel, dict(row.config))
@@ -210,6 +211,11 @@ def checked(row: object, arch: int, source: str = "") -> Row:
         _check_field(old, name, value, arch)
         if name in BY_BATCH and not any(isinstance(v, list) for v in when.values()):
             raise ValueError(f"{name} depends on the batch: `when` must name one of {MOVING[op]}")
+    if (
+        fields.get("block_k", 0) > 128
+        and "128" in f"{sizes.get('a_format')} {sizes.get('b_format')}"
+    ):
+        raise ValueError("block_k must be 128 at most where scales are of 128 k")
     new = replaced(planned, kernel, fields)[kernel]
     used = least_shared(kernel, new, sizes)
     if used > SHARED_LIMIT[arch] * 1024:
