@@ -159,7 +159,7 @@ def test_long():
     ran.write_text("long")
     time.sleep(60)
 """)
-    code, _, record = on_gpu("test", TESTS=str(file), BOX_TEST="20")
+    code, _, record = on_gpu("test", TESTS=str(file), BOX_TEST="10", WORKERS="0")
     test = record["stages"]["test"]
     assert code == 1 and test["status"] == "failed" and test["note"].startswith("out of time")
     assert test["facts"]["counts"] == {"passed": 1, "failed": 1}
