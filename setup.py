@@ -31,7 +31,7 @@ def packages():
 
 setup(
     packages=[*packages()],
-    package_data={"": ["py.typed", "*.cu", "*.cuh"]},
+    package_data={"": ["py.typed", "*.cu", "*.cuh"], "tigon.kernels": ["tuned/*.json"]},
     ext_modules=[] if mode() == "none" else [Extension("tigon._C", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},
 )
