@@ -1,11 +1,11 @@
-"""What the pytest-benchmark suites of `bench/suites` run: an op's variant in a mode, checked, then timed as it should be.
+"""What the pytest-benchmark suites of `bench/suites` run: a case is checked, then timed as it should be.
 
-pytest-benchmark reads a clock before and after a function, and a function that launches kernels returns before they have
-run. What is benchmarked here is therefore a batch: N calls and then one wait for the device. On a GPU CUDA events around
-the calls give the device's own time beside it.
+pytest-benchmark reads a clock before and after a function, and a function that launches kernels returns before they
+have run. What is benchmarked here is therefore a batch: N calls and then one wait for the device. On a GPU CUDA events
+around the calls give the device's own time beside it.
 
-TIGON_BENCH_SIZES: "default" (the registry's), "small" (those of `tigon check`), or sizes by the API's letters, "t=64,d=32".
-Unset, it is "default" on a GPU and "small" on a CPU.
+TIGON_BENCH_SIZES: "default" (the registry's), "small" (those of `tigon check`), or sizes by the API's letters,
+"t=64,d=32". Unset, it is "default" on a GPU and "small" on a CPU.
 """
 
 import math
@@ -19,7 +19,7 @@ from tigon.bench import workloads
 from tigon.bench.run import call_of, gate_sizes
 from tigon.bench.variants import variants
 from tigon.bench.verify import verify
-from tigon.bench.work import work
+from tigon.bench.work import MODES, work
 from tigon.cli.arguments import shape, sizes_of
 from tigon.registry import OPS, PUBLIC
 
@@ -94,15 +94,14 @@ def here() -> Device:
 
 
 def cases(family: str) -> Iterator[tuple[str, str, str]]:
-    """(op, variant, mode) of every public op of a family: forward, and where it has a backward "backward" and "step"."""
-    for op in PUBLIC.values():
-        if op.family == family:
-            for variant in variants(op.name):
-                quantized = op.name == "moe_experts" and variant in ("nvfp4", "fp8")
-                for mode in ("forward", "backward", "step")[
-                    : 3 if op.backward and not quantized else 1
-                ]:
-                    yield op.name, variant, mode
+    """(op, variant, mode) of every public op of a family; "backward" and "step" where there are gradients."""
+    for op in (op.name for op in PUBLIC.values() if op.family == family):
+        for variant in variants(op):
+            load = workloads.make(
+                op, workloads.SMALL[op], torch.bfloat16, "meta", variant=variant or None
+            )
+            for mode in MODES if load.differentiable else MODES[:1]:
+                yield op, variant, mode
 
 
 def sizes(op: str, device: str) -> dict[str, int]:
@@ -143,8 +142,8 @@ def measure(
 ) -> None:
     """Check one case and time it with pytest-benchmark. AssertionError where a result is wrong: it gets no time.
 
-    The statistics are of a batch; `extra_info` holds calls a batch, the wall clock's and the device's seconds a call (the
-    medians), bytes and FLOPs a call, and their rates.
+    The statistics are of a batch; `extra_info` holds calls a batch, the wall clock's and the device's seconds a call
+    (the medians), bytes and FLOPs a call, and their rates.
     """
     device = here()
     wanted = sizes(op, device.name)
