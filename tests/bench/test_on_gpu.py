@@ -141,6 +141,26 @@ def test_a_stage_without_time_left_is_no_success(on_gpu):
     assert record["stages"]["warm"]["note"] == "no time was left for it"
 
 
+def test_where_nothing_can_be_built_a_link_makes_tigon_importable(on_gpu, tmp_path):
+    """By an interpreter that does not know Tigon, on a machine whose make fails."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/make").write_text("#!/bin/sh\nexit 2\n")
+    (tmp_path / "bin/make").chmod(0o755)
+    code, out, record = on_gpu(
+        "build",
+        PYTHON=sys._base_executable,
+        PATH=f"{tmp_path}/bin:{os.environ['PATH']}",
+        VENV=str(tmp_path / "env"),
+    )
+    assert code == 0, out
+    assert record["stages"]["build"]["facts"]["how"].startswith("a link")
+    said = subprocess.run(
+        [tmp_path / "env/bin/python", "-c", "import tigon.kernels, tigon.bench; print(tigon.__file__)"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert Path(said.stdout.strip()).resolve() == ROOT / "python/__init__.py"
+
+
 def test_without_a_gpu_it_says_so_and_exits_with_4(on_gpu):
     if shutil.which("nvidia-smi"):
         pytest.skip("this machine has a GPU")
@@ -159,7 +179,7 @@ def test_long():
     ran.write_text("long")
     time.sleep(60)
 """)
-    code, _, record = on_gpu("test", TESTS=str(file), BOX_TEST="20")
+    code, _, record = on_gpu("test", TESTS=str(file), BOX_TEST="10", WORKERS="0")
     test = record["stages"]["test"]
     assert code == 1 and test["status"] == "failed" and test["note"].startswith("out of time")
     assert test["facts"]["counts"] == {"passed": 1, "failed": 1}
