@@ -33,7 +33,10 @@ def packages():
 
 setup(
     packages=[*packages()],
-    package_data={"": ["py.typed", "*.cu", "*.cuh"], "tigon.kernels": ["tuned/*.json"]},
+    package_data={
+        "": ["py.typed", "*.cu", "*.cuh", "*.html", "*.css", "*.js"],
+        "tigon.kernels": ["tuned/*.json"],
+    },
     ext_modules=[] if mode() == "none" else [Extension("tigon._C", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},
 )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 
+from tigon.bench.records import shape_text
 from tigon.registry import OPS
 
 OTHER = "other"  # the family of an op that this version does not know
@@ -34,18 +35,15 @@ def peers(item: Mapping) -> list[dict]:
     return [r for r in measured(item) if r["name"] != "tigon"]
 
 
-def flagged(*results: Mapping) -> bool:
-    return any(r["flags"] for r in results)
+def doubtful(*results: Mapping) -> bool:
+    """Whether a flag speaks against comparing them: a suspect time, another result. A launch-bound time is a time."""
+    return any(not flag.startswith("launch-bound") for r in results for flag in r["flags"])
 
 
 def ratio(item: Mapping, result: Mapping) -> float | None:
     """Median time over Tigon's: above 1 is slower than Tigon."""
     first = own(item)
     return result["time"]["median"] / first["time"]["median"] if first else None
-
-
-def shape_text(shape: Mapping[str, int]) -> str:
-    return ",".join(f"{k}={v}" for k, v in shape.items())
 
 
 def title(case: Mapping) -> str:
@@ -73,23 +71,30 @@ def setting(case: Mapping, known: Iterable[str] = ()) -> str:
 
 
 def sweeps(run: Mapping) -> Iterator[tuple[str, list[dict]]]:
-    """(swept letter, entries of `cases` by rising size), one for each sweep: what differs in nothing but that size."""
-    found: dict[str, list[dict]] = {}
-    for item in run["cases"]:
-        letter = item["case"].get("sweep")
-        if letter and measured(item):
-            rest = dict(
-                item["case"], seed=None, shape=dict(item["case"]["shape"], **{letter: None})
-            )
-            found.setdefault(json.dumps(rest, sort_keys=True), []).append(item)
-    for group in found.values():
-        letter = group[0]["case"]["sweep"]
-        yield letter, sorted(group, key=lambda item: item["case"]["shape"][letter])
+    """(swept letter, entries of `cases` by rising size): those that differ in nothing but that size, two at least.
+
+    The size that was asked for is a case as any other; only the sizes that a sweep adds are marked.
+    """
+    letters = {item["case"].get("sweep") for item in run["cases"]} - {None}
+    for letter in sorted(letters):
+        found: dict[str, dict[int, dict]] = {}
+        marked = set()
+        for item in run["cases"]:
+            case = item["case"]
+            if letter in case["shape"] and case.get("sweep") in (None, letter) and measured(item):
+                rest = dict(case, sweep=None, shape=dict(case["shape"], **{letter: None}))
+                key = json.dumps(rest, sort_keys=True)
+                found.setdefault(key, {})[case["shape"][letter]] = item
+                if case.get("sweep"):
+                    marked.add(key)
+        for key, sizes in found.items():
+            if key in marked and len(sizes) > 1:
+                yield letter, [sizes[size] for size in sorted(sizes)]
 
 
 def quantity(value: float, unit: str = "") -> str:
     """Three digits with a prefix: "3.35 TB/s"."""
-    power = max((p for p in PREFIXES if abs(value) >= 10.0**p), default=min(PREFIXES))
+    power = max((p for p in PREFIXES if abs(value) >= 10.0**p), default=-9 if value else 0)
     return f"{value / 10.0**power:.3g} {PREFIXES[power]}{unit}".rstrip()
 
 

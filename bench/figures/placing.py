@@ -6,7 +6,7 @@ from tigon.bench.figures.style import INK
 
 Box = tuple[float, float, float, float]
 MARKER, LETTER, LINE = 3.5, 2.6, 4.0  # points: half a marker, half a digit's width and height
-DISTANCES = (9, 13, 18, 25, 34)  # points
+DISTANCES = (9, 13, 18, 25, 34, 45, 58, 72)  # points
 TURNS = (1, 7, 3, 5, 0, 4, 2, 6)  # eighths of a circle: diagonals first
 LEADER = 10  # points; a number that is farther away has a line to its marker
 
@@ -46,7 +46,10 @@ def numbers(ax, anchors, markers, occupied: list[Box]) -> None:
     """Write each (text, place in data) of `anchors`; `markers` are centres in pixels."""
     unit = ax.get_figure(root=True).dpi / 72
     half = MARKER * unit
-    boxes = [*occupied, *((x - half, y - half, x + half, y + half) for x, y in markers)]
+    centres = {
+        (round(x / half) * half, round(y / half) * half) for x, y in markers
+    }  # one of many alike
+    boxes = [*occupied, *((x - half, y - half, x + half, y + half) for x, y in sorted(centres))]
     for text, at in anchors:
         (dx, dy), box = beside(text, *ax.transData.transform(at), unit, boxes)
         boxes.append(box)

@@ -110,18 +110,20 @@ def limits(ax, run: Mapping, groups) -> None:
 
 
 def roof(ax, run: Mapping) -> list[tuple[float, ...]]:
-    """The slope of the memory and a ceiling by dtype. Boxes, in pixels, where the slope and its words are."""
+    """The slope of the memory and a ceiling by dtype. Boxes, in pixels, where lines and words are."""
     if not run.get("roof"):
         return []
     tops, copy = ceilings(run), run["roof"]["copy"]
     (low, high), (floor, _) = ax.get_xlim(), ax.get_ylim()
     ridge, start = tops[-1][0] / copy if tops else high, max(low, floor / copy)
     ax.plot([start, ridge], [copy * start, copy * ridge], color=INK, lw=1.4, zorder=1)
-    words, lowest = {"size": 8, "textcoords": "offset points"}, -math.inf
+    words, lowest, boxes = {"size": 8, "textcoords": "offset points"}, -math.inf, []
     unit = ax.get_figure(root=True).dpi / 72
     for rate, dtypes in tops:
         ax.plot([rate / copy, high], [rate, rate], color=INK, lw=1.4, zorder=1)
-        y = ax.transData.transform((high, rate))[1] / unit
+        (x0, y0), (x1, _) = ax.transData.transform([(rate / copy, rate), (high, rate)])
+        boxes += along((x0, y0), (1, 0), x1 - x0, 1.5 * unit)
+        y = y0 / unit
         place = max(y, lowest + 10)  # no two in one line
         said, lowest = f"{labels.quantity(rate, 'FLOP/s')} {dtypes}", place
         ax.annotate(said, (high, rate), xytext=(5, place - y), va="center_baseline", **words)
@@ -131,9 +133,9 @@ def roof(ax, run: Mapping) -> list[tuple[float, ...]]:
     at, tilt = start * 1.3, {"rotation": math.degrees(slope), "rotation_mode": "anchor"}
     ax.annotate(said, (at, copy * at), xytext=(-3, 4), va="bottom", **words, **tilt)
     x, y = ax.transData.transform((at, copy * at))
-    line = along((x0, y0), (dx, dy), math.hypot(x1 - x0, y1 - y0), 1.5 * unit)
-    text = along((x - 7 * unit * dy, y + 7 * unit * dx), (dx, dy), 5 * len(said) * unit, 6 * unit)
-    return line + text
+    boxes += along((x0, y0), (dx, dy), math.hypot(x1 - x0, y1 - y0), 1.5 * unit)
+    text = (x - 7 * unit * dy, y + 7 * unit * dx)
+    return boxes + along(text, (dx, dy), 5 * len(said) * unit, 6 * unit)
 
 
 def points(ax, groups, occupied) -> None:
@@ -141,20 +143,19 @@ def points(ax, groups, occupied) -> None:
     looks, anchors, taken = family_looks(), [], []
     for place, (_, items) in enumerate(groups, 1):
         colour, marker, _ = looks[labels.family(items[0]["case"]["op"])]
-        line = []
+        mine, others = [], []
         for item in items:
-            x, flops = intensity(item), item["work"]["flops"]
             for r in labels.measured(item):
-                y = flops / r["time"]["median"]
-                taken.append(ax.transData.transform((x, y)))
-                if r["name"] == "tigon":
-                    line.append((x, y))
-                    ax.scatter(x, y, 38, colour, marker, edgecolors=INK, linewidths=0.6, zorder=3)
-                else:
-                    ax.scatter(x, y, 18, "none", marker, edgecolors=colour, linewidths=0.9)
-        if line:
-            anchors.append((str(place), line[0]))
-            ax.plot(*zip(*sorted(line)), color=colour, lw=0.8, alpha=0.7, zorder=2)
+                at = (intensity(item), item["work"]["flops"] / r["time"]["median"])
+                (mine if r["name"] == "tigon" else others).append(at)
+        taken += [ax.transData.transform(at) for at in mine + others]
+        look = {"marker": marker, "ls": "none"}
+        if mine:
+            anchors.append((str(place), mine[0]))
+            ax.plot(*zip(*sorted(mine)), color=colour, lw=0.8, alpha=0.7, zorder=2)
+            ax.plot(*zip(*mine), ms=6.2, mfc=colour, mec=INK, mew=0.6, zorder=3, **look)
+        if others:
+            ax.plot(*zip(*others), ms=4.2, mfc="none", mec=colour, mew=0.9, **look)
     numbers(ax, anchors, taken, occupied)
 
 

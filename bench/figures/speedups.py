@@ -20,16 +20,15 @@ def plan(run: Mapping) -> Plan | None:
     if not items:
         return None
     names = [*dict.fromkeys(r["name"] for item in items for r in labels.peers(item))]
-    entries = len(names) + any(labels.flagged(*labels.measured(item)) for item in items)
-    top = TOP + LEGEND * math.ceil(entries / ACROSS) + 0.1
-    bars = sum(
-        max(len(labels.peers(item)), 2) for item in items
-    )  # two lines of words need the room of two
+    doubt = any(labels.doubtful(*labels.measured(item)) for item in items)
+    top = TOP + LEGEND * math.ceil((len(names) + doubt) / ACROSS) + 0.1
+    # A case's two lines of words need the room of two bars.
+    bars = sum(max(len(labels.peers(item)), 2) for item in items)
     height = top + BOTTOM + BAR * bars + GAP * len(items)
-    return Plan(height, lambda panel: draw(panel, height, top, run, items, names))
+    return Plan(height, lambda panel: draw(panel, height, top, run, items, names, doubt))
 
 
-def draw(panel, height: float, top: float, run: Mapping, items, names) -> None:
+def draw(panel, height: float, top: float, run: Mapping, items, names, doubt: bool) -> None:
     shared = labels.common(items)
     said = "Time of a peer over Tigon's: right of the line at 1, Tigon is faster. Whiskers: p20 to p80 of both."
     said += f" All: {', '.join(shared)}." if shared else ""
@@ -49,7 +48,7 @@ def draw(panel, height: float, top: float, run: Mapping, items, names) -> None:
     ax.axvline(1, color=INK, lw=1.2)
     ax.set_xlim(min(ends) / 1.15, max(ends) * (max(ends) / min(ends)) ** 0.12 * 1.1)
     ticks(ax)
-    legend(panel, height, looks, names, labels.flagged(*(r for i in items for r in i["results"])))
+    legend(panel, height, looks, names, doubt)
 
 
 def words(ax, item: Mapping, y: float, shared: list[str]) -> None:
@@ -64,16 +63,16 @@ def bar(ax, item: Mapping, peer: Mapping, y: float, look: tuple[str, str, str]) 
     """One bar from 1, its whisker and its value; where the whisker ends."""
     colour, _, hatch = look
     mine, other = labels.own(item)["time"], peer["time"]
-    times, flags = labels.ratio(item, peer), labels.flagged(labels.own(item), peer)
+    times, doubt = labels.ratio(item, peer), labels.doubtful(labels.own(item), peer)
     low, high = other["p20"] / mine["p80"], other["p80"] / mine["p20"]
-    face = {"facecolor": "none", "edgecolor": colour} if flags else {"facecolor": colour}
-    if hatch and not flags:
+    face = {"facecolor": "none", "edgecolor": colour} if doubt else {"facecolor": colour}
+    if hatch and not doubt:
         face |= {"hatch": hatch, "edgecolor": INK, "linewidth": 0}
     ax.barh(y, times - 1, BAR * 0.8, 1, zorder=2, **face)
     ax.plot([low, high], [y, y], color=INK, lw=1, zorder=3, solid_capstyle="butt")
     for end in (low, high):
         ax.plot([end, end], [y - 0.035, y + 0.035], color=INK, lw=1, zorder=3)
-    said = f"{times:.3g}×" + (" (flagged)" if flags else "")
+    said = f"{times:.3g}×" + (" (flagged)" if doubt else "")
     # fmt: off
     ax.annotate(said, (max(high, 1), y), xytext=(4, 0), textcoords="offset points", size=8,
                 va="center_baseline", annotation_clip=False)
@@ -90,13 +89,13 @@ def ticks(ax) -> None:
     ax.grid(True, axis="x")
 
 
-def legend(panel, height: float, looks, names, flags: bool) -> None:
+def legend(panel, height: float, looks, names, doubt: bool) -> None:
     from matplotlib.patches import Patch
 
     handles = [
         Patch(facecolor=looks[n][0], hatch=looks[n][2], label=labels.short(n, 26)) for n in names
     ]
-    if flags:
+    if doubt:
         handles.append(Patch(facecolor="none", edgecolor=INK, label="flagged: see the table"))
     # fmt: off
     panel.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.02 / WIDTH, 1 - 0.5 / height),

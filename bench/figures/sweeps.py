@@ -7,7 +7,7 @@ from tigon.bench import labels
 from tigon.bench.figures.style import INK, WIDTH, Plan, axes, heading, number, peer_looks
 
 LEFT, RIGHT, TOP, BETWEEN = 0.85, 0.25, 0.6, 0.75  # inches
-TITLE, TALL, BOTTOM, LEGEND = 0.5, 2.2, 0.6, 0.22
+TITLE, TALL, BOTTOM, LEGEND = 0.45, 1.9, 0.55, 0.22
 ACROSS = 6  # names in a row of the legend
 MOST_TICKS = 9
 

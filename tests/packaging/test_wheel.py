@@ -34,7 +34,8 @@ def test_pure_wheel_lacks_no_source_of_any_room(pure_wheel):
     assert pure_wheel.name.endswith("-py3-none-any.whl")
     expected = {"tigon/py.typed"} | shipped("csrc", "*.cu", "common/*.cuh")
     expected |= shipped("python", "**/*.py") | shipped("kernels", "**/*.py")
-    expected |= {name for name in shipped("bench", "**/*.py") if not name.startswith(UNSHIPPED)}
+    bench = shipped("bench", "**/*.py", "report.*")
+    expected |= {name for name in bench if not name.startswith(UNSHIPPED)}
     assert expected - names(pure_wheel) == set()
 
 
@@ -116,6 +117,7 @@ def test_sdist_lacks_nothing_that_the_build_needs(sources, tmp_path):
         held = {name.split("/", 1)[-1] for name in archive.getnames()}
     needed = {path for path in sources.glob("*") if path.suffix in (".py", ".toml", ".txt")}
     needed |= {path for room in ("build_tools", "csrc") for path in (sources / room).rglob("*.*")}
+    needed |= set((sources / "bench").glob("report.*"))
     assert {str(path.relative_to(sources)) for path in needed} - held == set()
 
 
