@@ -34,11 +34,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import boxes
-from build import build, warm
 from measure import bench
 from sanitizer import sanitize
 from stage import Failed, OutOfTime, Skipped, Stage
 from suite import test
+
+from build import build, warm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = {"build": build, "warm": warm, "test": test, "sanitize": sanitize, "bench": bench}
