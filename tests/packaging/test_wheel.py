@@ -16,6 +16,8 @@ x, dt, A, B = torch.ones(1, 5, 2, 4), torch.ones(1, 5, 2), -torch.ones(2), torch
 print(tuple(tigon.ssd_scan(x, dt, A, B, B).shape))
 """
 
+UNSHIPPED = ("tigon/bench/results/", "tigon/bench/suites/", "tigon/bench/on_gpu/")
+
 
 def names(wheel) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
@@ -32,8 +34,15 @@ def test_pure_wheel_lacks_no_source_of_any_room(pure_wheel):
     assert pure_wheel.name.endswith("-py3-none-any.whl")
     expected = {"tigon/py.typed"} | shipped("csrc", "*.cu", "common/*.cuh")
     expected |= shipped("python", "**/*.py") | shipped("kernels", "**/*.py")
-    expected |= shipped("bench", "**/*.py", "report.*")
+    bench = shipped("bench", "**/*.py", "report.*")
+    expected |= {name for name in bench if not name.startswith(UNSHIPPED)}
     assert expected - names(pure_wheel) == set()
+
+
+def test_what_belongs_to_the_checkout_only_is_not_in_the_wheel(pure_wheel):
+    """Records, pytest's suites, and the script that runs the tests on a GPU."""
+    assert all((ROOT / folder.removeprefix("tigon/")).is_dir() for folder in UNSHIPPED)
+    assert not [name for name in names(pure_wheel) if name.startswith(UNSHIPPED)]
 
 
 def test_wheel_ships_nothing_but_the_package(pure_wheel):
