@@ -110,7 +110,7 @@ def test_peers_give_almost_the_same_bytes_and_the_same_products(tmp_path):
     assert quantizers["case"]["variant"] == "row" and products["case"]["variant"] == "fp8-row"
     errors = {r["name"]: r["error"] for r in quantizers["results"]}
     missing = {k for k, v in quantizers["missing"].items() if "not installed" in v}
-    assert set(errors) | missing == {"tigon", "torchao", "modelopt"}
+    assert {"tigon", "torchao", "modelopt"} <= set(errors) | missing
     assert errors.pop("tigon") == 0
     assert all(error < 0.006 for error in errors.values())  # a byte holds two codes
     errors = {r["name"]: r["error"] for r in products["results"]}
