@@ -3,6 +3,7 @@
 import datetime
 import shutil
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -11,6 +12,15 @@ import torch
 import tigon
 from tigon.bench.peers.find import FOLDER
 from tigon.cli import machine
+from tigon.cli.explain import own_arch
+
+PEERS = (
+    "torchao",
+    "nvidia-modelopt",
+    "causal-conv1d",
+    "flash-linear-attention",
+    "flashinfer-python",
+)
 
 
 def commit() -> str | None:
@@ -23,9 +33,9 @@ def commit() -> str | None:
 
 
 def apart() -> list[tuple[str, str | None]]:
-    """Versions of the peers that are out of sight."""
-    found = {d.name: d.version for d in metadata.distributions(path=[str(FOLDER)])}
-    return [(name, found.get(name)) for name in ("torchao", "nvidia-modelopt")]
+    """Versions of the peers, also of those that are out of sight."""
+    found = {d.name: d.version for d in metadata.distributions(path=[str(FOLDER), *sys.path])}
+    return [(name, found.get(name)) for name in PEERS]
 
 
 def environment(device: str) -> dict:
@@ -38,6 +48,7 @@ def environment(device: str) -> dict:
         "tigon": tigon.__version__,
         "commit": commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "arch": own_arch() if device == "cuda" else None,
         "threads": torch.get_num_threads(),
         **{name: facts[name] for name in ("os", "python", "packages", "driver")},
     }

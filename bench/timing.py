@@ -1,24 +1,33 @@
 """Time and peak memory of calls, side by side.
 
 Candidates run alternately, round after round, so that drift of the machine hits all alike. On a GPU a sample is the
-time between two CUDA events around enough calls to last a millisecond, with nothing waited for inside; on a CPU it is a
-clock around enough calls to last 20 ms ("wall", or "cpu": processor time of all threads, for a busy machine).
+time between two CUDA events around enough calls to last a millisecond, with nothing waited for inside, or around one
+replay of a CUDA graph that holds as many; on a CPU it is a clock around enough calls to last 20 ms ("wall", or "cpu":
+processor time of all threads, for a busy machine).
+
+A candidate is a list of calls that take turns: with as many copies of the inputs as overflow the cache (`copies`),
+each call finds its inputs in memory, as a layer of a model does.
 """
 
 import contextlib
 import gc
+import itertools
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+Calls = Sequence[Callable[[], object]]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SAMPLE_SECONDS = {"cpu": 20e-3, "cuda": 1e-3}
 LEAST_ROUNDS = 3
+HEAT_SECONDS = 0.2  # of work before the first sample, so that a GPU's clocks have risen
+MOST_COPIES = 64
 
 
 @dataclass(frozen=True)
@@ -45,48 +54,102 @@ def summary(samples: list[float], method: str) -> Timing:
     return Timing(*(quantile(ordered, q) for q in (0.5, 0.2, 0.8)), len(ordered), method)
 
 
-def _sample_cpu(call: Callable[[], object], times: int, clock: str) -> float:
+def cache_bytes(device: str) -> int:
+    """The last cache before memory: L2 of a GPU; of a CPU what Linux says, at most 64 MB of it, or 32 MB."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    with contextlib.suppress(OSError, ValueError):
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return min(int(text.removesuffix("K")) * 2**10, 2**26)
+    return 2**25
+
+
+def copies(held: int, device: str) -> int:
+    """How many copies of `held` bytes of inputs overflow the cache twice, 64 at most."""
+    return max(1, min(MOST_COPIES, -(-2 * cache_bytes(device) // max(1, held))))
+
+
+def sample(turns: Calls, times: int, device: str, clock: str = "wall") -> float:
+    """Seconds a call, over `times` calls in turn."""
+    turn = itertools.cycle(turns)
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times):
+            next(turn)()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / times
     now = CLOCKS[clock]
-    start = now()
+    begin = now()
     for _ in range(times):
-        call()
-    return (now() - start) / times
+        next(turn)()
+    return (now() - begin) / times
 
 
-def _sample_cuda(call: Callable[[], object], times: int, clock: str) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(times):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / times
+def calibrated(turns: Calls, device: str) -> int:
+    """How many calls make a sample long enough for its clock; at least one a copy where that costs little."""
+    turns[0]()  # compiles, allocates, warms the caches
+    once = sample(turns, 1, device)
+    times = max(1, math.ceil(SAMPLE_SECONDS[device] / max(once, 1e-7)))
+    return max(times, len(turns)) if once * len(turns) < 10 * SAMPLE_SECONDS[device] else times
+
+
+def graphed(turns: Calls, times: int) -> Callable[[], None]:
+    """The replay of a CUDA graph of `times` calls in turn. RuntimeError where a call cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in turns:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    turn = itertools.cycle(turns)
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            next(turn)()
+    return graph.replay
+
+
+def _heated(calls: Mapping[str, Calls]) -> None:
+    """Keep the GPU busy until its clocks have risen."""
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < HEAT_SECONDS:
+        for turns in calls.values():
+            turns[0]()
+        torch.cuda.synchronize()
 
 
 def measure(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[str, Callable[[], object] | Calls],
     device: str,
     repeat: int | None = None,
     budget: float = 10.0,
     clock: str = "wall",
+    graph: bool = False,
 ) -> dict[str, Timing]:
-    """Time every call: `repeat` rounds, or as many as fit into `budget` seconds (3 at least)."""
-    sample = _sample_cuda if device == "cuda" else _sample_cpu
-    times = {}
-    for name, call in calls.items():
-        call()  # compiles, allocates, warms the caches
-        once = sample(call, 1, "wall")
-        times[name] = max(1, math.ceil(SAMPLE_SECONDS[device] / max(once, 1e-7)))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    """Time every candidate: `repeat` rounds, or as many as fit into `budget` seconds (3 at least)."""
+    lists = {name: [c] if callable(c) else list(c) for name, c in calls.items()}
+    times = {name: calibrated(turns, device) for name, turns in lists.items()}
+    if device == "cuda":
+        _heated(lists)
+    per_sample = dict(times)
+    if graph:
+        lists = {name: [graphed(turns, times[name])] for name, turns in lists.items()}
+        times = dict.fromkeys(times, 1)
+    samples: dict[str, list[float]] = {name: [] for name in lists}
     begin = time.perf_counter()
     rounds = 0
     while rounds < (repeat or LEAST_ROUNDS) or (
         repeat is None and time.perf_counter() - begin < budget
     ):
-        for name, call in calls.items():
-            samples[name].append(sample(call, times[name], clock))
+        for name, turns in lists.items():
+            seconds = sample(turns, times[name], device, clock)
+            samples[name].append(seconds * times[name] / per_sample[name])
         rounds += 1
-    method = "CUDA events" if device == "cuda" else f"{clock} clock"
+    method = {True: "CUDA graph replay", False: "CUDA events"}[graph]
+    if device != "cuda":
+        method = f"{clock} clock"
     return {name: summary(found, method) for name, found in samples.items()}
 
 

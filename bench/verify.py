@@ -113,10 +113,20 @@ def _rounded_scan(work: Workload, backward: bool, grads: tuple[Tensor, ...]) -> 
     return found
 
 
-def verify(work: Workload, backward: bool = True, repeat: bool = True) -> list[Row]:
-    """The selected backend's results, one row an output or gradient."""
+Truth = tuple[dict[str, Tensor], tuple[Tensor, ...], dict[str, Tensor]]
+
+
+def truth(work: Workload, backward: bool = True) -> Truth:
+    """(what is right, the output gradients, the baseline): what `verify` compares with, whatever the launch config."""
     exact, grads = oracle(work, backward)
-    base = exact if work.exact else baseline(work, backward, grads)
+    return exact, grads, exact if work.exact else baseline(work, backward, grads)
+
+
+def verify(
+    work: Workload, backward: bool = True, repeat: bool = True, known: Truth | None = None
+) -> list[Row]:
+    """The selected backend's results, one row an output or gradient. known: `truth` of this work, if it is at hand."""
+    exact, grads, base = known or truth(work, backward)
     got, _ = results(work, backward, grads=grads or None)
     again = results(work, backward, grads=grads or None)[0] if repeat else got
     rows = []

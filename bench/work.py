@@ -1,8 +1,8 @@
 """How much an op must do: the least bytes it can move and the FLOPs of its formula, by mode.
 
 Symbols as in the API; e bytes an activation, Q tokens a chunk of the scan. Forward and backward each read every
-input once and write every output once; what stays on the chip is not counted. "backward" means a training step: forward
-and backward together.
+input once and write every output once; what stays on the chip is not counted. Modes: "forward", "backward" (gradients
+alone), "step" (both, as in training).
 
     ssd_scan      forward   FLOPs/token  Q N G + Q P H + 4 N P H                (causal, the minimum)
                   backward  FLOPs/token  6 Q N G + 3 Q P H + 10 N P H           (recomputes what it needs)
@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 from tigon.bench.variants import VARIANTS, chosen
 
+MODES = ("forward", "backward", "step")
 Q = 64  # tokens a chunk: with states on the chip, the fewest FLOPs that fill a tensor core tile
 
 
@@ -261,7 +262,7 @@ def work(
     mode: str = "forward",
     variant: str | None = None,
 ) -> Work:
-    """Bytes and FLOPs of one call of `op` ("forward"), or of a training step ("backward")."""
+    """Bytes and FLOPs of one call of `op`: its forward, its backward, or a training step of both."""
     variant = chosen(op, variant)
     choice = (VARIANTS[op][variant],) if variant else ()
     forward, *rest = COUNTERS[op](itemsize, *choice, **sizes)
@@ -269,4 +270,4 @@ def work(
         return forward
     if not rest:
         raise ValueError(f"{op} has no backward")
-    return forward + rest[0]
+    return rest[0] if mode == "backward" else forward + rest[0]

@@ -5,12 +5,13 @@
 arch is 80, 90, 100 or 120 (`table_arch` maps others); the sizes are those of the op's arguments. Nothing here imports
 torch or Triton, so every choice can be printed and tested on any machine; TIGON_PRINT_CONFIG=1 prints each
 plan once. A family of kernels has one config class, one table and one planner, registered in PLANNERS; the
-evidence for a row (registers a thread, spilled bytes, shared memory, from tests/codegen) stands beside it.
+evidence for a row (registers a thread, spilled bytes, shared memory, from tests/codegen) stands beside it. What was
+measured on a GPU (`tigon tune`) replaces single fields of what a planner chose: see `launch_table`.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -60,15 +61,65 @@ def power_of_two(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-@lru_cache(maxsize=1024)
+# Process-wide, not per thread: autograd runs backward in threads of its own.
+_overrides: tuple[tuple[str, str, tuple[tuple[str, object], ...]], ...] = ()
+_seen: list[tuple[str, int, dict]] | None = None
+
+
+@contextmanager
+def override(op: str, kernels: Mapping[str, Mapping[str, object]]) -> Iterator[None]:
+    """Within the block `plan` gives these fields to kernels of `op`, in the whole process (measurements)."""
+    global _overrides
+    before = _overrides
+    _overrides += tuple((op, name, tuple(fields.items())) for name, fields in kernels.items())
+    try:
+        yield
+    finally:
+        _overrides = before
+
+
+@contextmanager
+def observe() -> Iterator[list[tuple[str, int, dict]]]:
+    """The (op, arch, sizes) that `plan` is asked for within the block."""
+    global _seen
+    before, _seen = _seen, []
+    try:
+        yield _seen
+    finally:
+        _seen = before
+
+
 def plan(op: str, arch: int, **sizes: int) -> dict[str, object]:
-    """Configs of all kernels that `op` may launch for these sizes. KeyError for an op without Triton kernels."""
-    configs = PLANNERS[op](arch, **sizes)
+    """Configs of all kernels that `op` may launch for these sizes. KeyError for an op without Triton kernels.
+
+    ValueError for a tuned table (`launch_table`) that is not right.
+    """
+    if _seen is not None:
+        _seen.append((op, arch, sizes))
+    return _plan(op, arch, _overrides, **sizes)
+
+
+@lru_cache(maxsize=1024)
+def _plan(op: str, arch: int, overrides: tuple, **sizes: int) -> dict[str, object]:
+    from tigon.kernels import launch_table
+
+    configs, sources = launch_table.tuned(op, arch, PLANNERS[op](arch, **sizes), sizes)
+    for of, name, fields in overrides:
+        if of == op and name in configs:
+            configs = launch_table.replaced(configs, name, dict(fields))
     if os.environ.get("TIGON_PRINT_CONFIG") == "1":
         described = ", ".join(f"{name}={value}" for name, value in sizes.items())
         for name, config in configs.items():
-            print(f"tigon {op} sm_{arch} ({described}): {name} {config}", file=sys.stderr)
+            source = f" ({sources[name]})" if name in sources else ""
+            print(f"tigon {op} sm_{arch} ({described}): {name} {config}{source}", file=sys.stderr)
     return configs
+
+
+def sources(op: str, arch: int, **sizes: int) -> dict[str, str]:
+    """By kernel: which rows of a tuned table `plan` follows."""
+    from tigon.kernels import launch_table
+
+    return launch_table.tuned(op, arch, PLANNERS[op](arch, **sizes), sizes)[1]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ OPS       the ops that it knows
 PACKAGE   what is installed, by its name there
 DEVICES   where it runs, if not everywhere
 APART     it may lie in the folder `peers` of the environment, out of sight of packages that would take it
+RANDOM    of OPS those that draw with random numbers of their own, so that results cannot be compared
 build(workload) -> function from inputs to outputs; may raise ImportError, or NotImplementedError with the reason
 
 The function is for inputs of that workload and for copies of them: the workload's options, which may be as long as the
@@ -54,15 +55,15 @@ def in_sight() -> Iterator[None]:
             yield
     finally:
         sys.path.remove(str(FOLDER))
-        for name in [name for name in sys.modules if name.split(".")[0] in SOUGHT]:
-            if _lies_in_folder(sys.modules[name.split(".")[0]]):
-                _hidden[name] = sys.modules[name]
+        sought = {k: m for k, m in sys.modules.items() if k.split(".")[0] in SOUGHT}
+        _hidden.update({k: m for k, m in sought.items() if _lies_in_folder(m)})
         for name in _hidden:
             sys.modules.pop(name, None)
 
 
 def _lies_in_folder(module: ModuleType) -> bool:
-    return FOLDER in Path(getattr(module, "__file__", None) or "/").parents
+    places = (getattr(module, "__file__", None), *getattr(module, "__path__", ()))
+    return any(FOLDER in Path(place).parents for place in places if place)
 
 
 def once(prepare: Callable[[Mapping], object]) -> Callable[[Mapping], object]:
@@ -78,6 +79,11 @@ def once(prepare: Callable[[Mapping], object]) -> Callable[[Mapping], object]:
         return kept[id(inputs)][1]
 
     return prepared
+
+
+def is_random(name: str, op: str) -> bool:
+    """Whether what this peer returns of `op` differs from call to call by nature."""
+    return name in NAMES and op in getattr(import_module(f"tigon.bench.peers.{name}"), "RANDOM", ())
 
 
 def find(work: Workload, wanted: Sequence[str], device: str) -> tuple[dict[str, Callable], dict]:

@@ -29,6 +29,8 @@ COMMANDS = {
         "tigon.cli.reduction",
     ),
     "bench": ("how fast an op is here, beside other packages", "tigon.cli.bench"),
+    "compare": ("whether one benchmark is slower than another, or just noisy", "tigon.cli.compare"),
+    "tune": ("search launch configs on this GPU and write a table of them", "tigon.cli.tune"),
 }
 
 

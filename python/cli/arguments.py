@@ -30,6 +30,16 @@ def shape(text: str) -> dict[str, int]:
     return sizes
 
 
+def sweep(text: str) -> str | tuple[str, list[int]]:
+    """ "auto", "none", or a letter and its values: l=1k,4k,16k."""
+    if text in ("auto", "none"):
+        return text
+    name, found, values = text.partition("=")
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, none or LETTER=SIZE,SIZE,…")
+    return name.strip(), [size(value.strip()) for value in values.split(",")]
+
+
 def sizes_of(
     op: str, given: Mapping[str, int], defaults: Mapping[str, int], several: bool = False
 ) -> dict[str, int]:

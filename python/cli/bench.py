@@ -1,170 +1,226 @@
-"""``tigon bench``: how fast an op is here, beside other packages that are installed.
+"""``tigon bench``: how fast ops are here, beside other packages that are installed.
 
-A correctness gate runs first: a wrong result prints no time and exits with 2. --mode backward times a training step,
-forward and backward together. Bytes and FLOPs are the least that the op needs, so GB/s and TFLOP/s are comparable.
---batch-invariant also times the op in batch-invariant mode, side by side: what that costs.
+A correctness gate runs first: a wrong result prints no time and exits with 2. Bytes and FLOPs are the least that the
+op needs; the roof of this machine (a large copy, large products) is measured before anything else, and every row says
+its share of it. --mode backward times the gradients alone, step forward and backward together.
 """
 
-import json
 import shlex
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from tigon import cli
-from tigon.cli import arguments, table
+from tigon.cli import arguments, bench_output
 from tigon.registry import OPS
+
+BUDGET = {"one": 10.0, "several": 1.5}  # seconds of rounds a case, on a CPU
+SWEEP_SHARE = 0.5  # of the budget, for each smaller size of a sweep
 
 
 def add_arguments(parser) -> None:
     arguments.add_case(parser, every=True)
     arguments.add_backend(parser)
-    parser.add_argument("--mode", choices=("forward", "backward"), default="forward")
+    parser.add_argument(
+        "--preset", help="sizes of models, such as nemotron-3-super,nemotron-3-nano"
+    )
+    parser.add_argument(
+        "--sweep", type=arguments.sweep, metavar="l=1k,4k", help="smaller sizes too; or auto, none"
+    )
+    parser.add_argument("--mode", choices=("forward", "backward", "step"), default="forward")
     parser.add_argument("--peers", default="auto", help="auto, none, or names: transformers,…")
     parser.add_argument("--batch-invariant", action="store_true", help="time that mode too")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    caches = parser.add_mutually_exclusive_group()
+    caches.add_argument(
+        "--cold", action="store_true", default=True, help="inputs come from memory (the default)"
+    )
+    caches.add_argument("--hot", action="store_true", help="the same inputs at every call")
+    parser.add_argument("--graph", action="store_true", help="replay CUDA graphs: no launch costs")
     parser.add_argument("--repeat", type=int, help="rounds (default: as many as fit)")
-    parser.add_argument("--time-budget", type=float, default=10.0, help="seconds of rounds an op")
+    parser.add_argument("--time-budget", type=float, help="seconds of rounds a case")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine"
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--no-roof", action="store_true", help="do not measure the machine's roof")
     parser.add_argument("--dry-run", action="store_true", help="print what would run; needs no GPU")
     parser.add_argument("--arch", type=int, default=90, help="for --dry-run without a GPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    for kind, what in bench_output.FILES.items():
+        parser.add_argument(f"--{kind}", type=Path, metavar="FILE", help=what)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One case to run. sweep: the letter of which this is a smaller size."""
+
+    op: str
+    preset: str | None
+    variant: str | None
+    sizes: dict[str, int]
+    sweep: str | None = None
 
 
 def run(args) -> int:
     import torch
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    codes, records = [cli.OK], []
-    ops = arguments.ops(args.op)
-    several = len(ops) > 1
-    cases = [
-        (op, variant) for op in ops for variant in arguments.variants(op, args.variant, several)
-    ]
-    for op, variant in cases:
-        if args.mode == "backward" and not OPS[op].backward:
+    if args.graph and device == "cpu" and not args.dry_run:
+        print("--graph needs a GPU")
+        return cli.USAGE
+    codes, chosen = [cli.OK], []
+    for op in arguments.ops(args.op):
+        if args.mode != "forward" and not OPS[op].backward:
             print(f"{op} has no backward\n")
             codes.append(cli.OK if "all" in args.op else cli.USAGE)
             continue
         try:
-            sizes = arguments.sizes_of(op, args.shape, OPS[op].sizes, several)
-            with arguments.backend(args):
-                if args.dry_run:
-                    dry_run(op, sizes, variant, args)
-                else:
-                    codes.append(measure(op, sizes, variant, args, device, records))
-        except (ValueError, TypeError) as error:
+            chosen += cases(op, args, device)
+        except ValueError as error:
             print(error)
             codes.append(cli.USAGE)
-    if args.json and records:
-        args.json.write_text(json.dumps(records, indent=2) + "\n")
-    return max(codes)
+    if args.dry_run:
+        return max(*codes, *(guarded(dry_run, case, args, device) for case in chosen), cli.OK)
+    if not chosen:
+        return max(codes)
+    return max(*codes, measure_all(chosen, args, device))
 
 
-def dry_run(op: str, sizes: dict[str, int], variant: str | None, args) -> None:
-    """Shapes, bytes, FLOPs and launch configs."""
+def cases(op: str, args, device: str) -> Iterator[Chosen]:
+    """Presets x variants x sizes of one op. ValueError for a letter, variant or preset that does not exist."""
+    from tigon.bench import presets
+
+    several = len(arguments.ops(args.op)) > 1
+    named = args.preset.split(",") if args.preset else [None]
+    for preset in named:
+        try:
+            defaults = presets.sizes(op, preset, "cuda" if args.dry_run else device)
+        except presets.NoSuchLayer as error:
+            if not several and len(named) == 1:
+                raise
+            print(f"{error}\n")
+            continue
+        sizes = arguments.sizes_of(op, args.shape, defaults, several)
+        for variant in arguments.variants(op, args.variant, several):
+            yield Chosen(op, preset, variant, sizes)
+            for letter, value in points(op, sizes, args):
+                yield Chosen(op, preset, variant, sizes | {letter: value}, letter)
+
+
+def points(op: str, sizes: dict[str, int], args) -> list[tuple[str, int]]:
+    """The other sizes of a sweep; --html wants one by itself."""
+    from tigon.bench import presets
+
+    wanted = args.sweep or ("auto" if args.html else "none")
+    if wanted == "none":
+        return []
+    if wanted == "auto":
+        letter, values = presets.sweep(op, sizes)
+    else:
+        letter, values = wanted
+        if letter not in sizes:
+            raise ValueError(f"{op} has no size {letter}; it has {', '.join(sizes)}")
+    return [(letter, value) for value in values if value != sizes[letter]]
+
+
+def guarded(function, case: Chosen, *args) -> int:
+    """What the function says, or the exit code of what went wrong; other cases go on."""
+    try:
+        return function(case, *args)
+    except (ValueError, TypeError) as error:
+        print(f"{case.op}: {error}\n")
+        return cli.USAGE
+    except RuntimeError as error:
+        print(f"{case.op}: {str(error).splitlines()[0]}\n")
+        return cli.ENVIRONMENT
+
+
+def dry_run(case: Chosen, args, device: str) -> int:
+    """Shapes, bytes, FLOPs, the time at the roof, and launch configs."""
     import torch
 
     import tigon
-    from tigon.bench import workloads
+    from tigon.bench import roof, workloads
     from tigon.bench.work import work
     from tigon.cli.explain import own_arch
+    from tigon.kernels.launch import table_arch
 
-    dtype = getattr(torch, args.dtype)
-    load = workloads.make(op, sizes, dtype, "meta", variant=variant)
-    counted = work(op, sizes, dtype.itemsize, args.mode, variant)
-    print(heading(load, args.mode))
+    arch = own_arch() or args.arch
+    load = workloads.make(
+        case.op, case.sizes, getattr(torch, args.dtype), "meta", variant=case.variant
+    )
+    counted = work(case.op, case.sizes, load.dtype.itemsize, args.mode, case.variant)
+    limit = roof.DATASHEETS[table_arch(arch)]
+    kind = roof.operands(case.op, load.variant, str(load.dtype).removeprefix("torch."))
+    print(bench_output.heading(load, args.mode, case.preset))
     for name, t in load.inputs.items():
         shown = f"{tuple(t.shape)} {str(t.dtype)[6:]}" if isinstance(t, torch.Tensor) else repr(t)
         print(f"  {name:<12} {shown}")
     print(
         f"  {counted.bytes / 1e6:.4g} MB, {counted.flops / 1e9:.4g} GFLOP, "
-        f"{counted.flops / counted.bytes:.3g} FLOP a byte"
+        f"{counted.flops / counted.bytes:.3g} FLOP a byte\n"
+        f"  at the roof of an {limit.device} ({limit.copy / 1e12:.4g} TB/s, "
+        f"{limit.flops(kind) / 1e12:.4g} TFLOP/s, datasheet): {limit.seconds(counted, kind) * 1e6:.4g} us, "
+        f"{limit.bound(counted, kind)}-bound"
     )
-    print(tigon.explain(op, **load.call(), arch=own_arch() or args.arch), "\n")
-
-
-def measure(op: str, sizes: dict[str, int], variant: str | None, args, device, records) -> int:
-    """Run one case, print its table, note its record."""
-    import torch
-
-    from tigon.bench.environment import environment
-    from tigon.bench.run import record, run_case
-
-    case = run_case(
-        op,
-        sizes,
-        getattr(torch, args.dtype),
-        device,
-        args.mode,
-        args.peers.split(","),
-        args.seed,
-        memory=not args.no_memory,
-        variant=variant,
-        invariant=args.batch_invariant,
-        repeat=args.repeat,
-        budget=args.time_budget,
-        clock=args.clock,
-    )
-    command = "tigon " + shlex.join(sys.argv[1:])
-    records.append(record(case, command, environment(device)))
-    print(heading(case.workload, args.mode))
-    wrong = [row for row in case.gate if not row.ok]
-    if wrong:
-        for row in wrong:
-            again = "" if row.repeats else ", and another call gave other bits"
-            print(f"  WRONG {row.name}: error {row.error:.2e}, limit {row.limit:.2e}{again}")
-        return cli.WRONG_RESULT
-    where = "" if case.gate_sizes == sizes else f" at {shape_text(case.gate_sizes)}"
-    against = "byte for byte" if case.workload.exact else "against fp64"
-    print(f"  correct{where}: {len(case.gate)} tensors {against}; {device}, {method(case)}")
-    table.show(*rows(case))
-    for name, reason in case.missing.items():
-        print(f"  {name}: {reason}")
-    print()
+    with arguments.backend(args):
+        print(tigon.explain(case.op, **load.call(), arch=arch), "\n")
     return cli.OK
 
 
-def method(case) -> str:
-    first = case.results[0].time
-    return f"median of {first.n} rounds by {first.method}"
+def measure_all(chosen: list[Chosen], args, device: str) -> int:
+    """The roof, then every case as it ends, then the files."""
+    from dataclasses import asdict
+
+    from tigon.bench import records, roof
+    from tigon.bench.environment import environment
+
+    env = environment(device)
+    limit = None if args.no_roof else roof.measure(device)
+    print(records.machine_line(env))
+    if limit is not None:
+        print(records.roof_line(asdict(limit)))
+    print()
+    record = {
+        "schema": 2,
+        "command": "tigon " + shlex.join(sys.argv[1:]),
+        "env": env,
+        "roof": limit and asdict(limit),
+        "cases": [],
+    }
+    several = len({case.op for case in chosen}) > 1
+    budget = args.time_budget or BUDGET["several" if several and device == "cpu" else "one"]
+    codes = [
+        guarded(measure, case, args, device, limit, budget, record["cases"]) for case in chosen
+    ]
+    for kind in bench_output.FILES:
+        if getattr(args, kind) and record["cases"]:
+            bench_output.write(kind, record, getattr(args, kind))
+    return max(codes)
 
 
-def rows(case) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Column names and one row a candidate; ratios are to Tigon."""
-    own = case.results[0]
-    columns = ("who", "ms", "p20", "p80", "GB/s", "TFLOP/s", "time", "peak MB", "memory", "error")
-    out = []
-    for r in case.results:
-        t = r.time
-        peak, ratio = ("-", "-") if r.peak is None else (f"{r.peak / 1e6:.1f}", "-")
-        if r.peak is not None and own.peak:
-            ratio = f"{r.peak / own.peak:.2f}x"
-        out.append(
-            (
-                r.name,
-                f"{t.median * 1e3:.4g}",
-                f"{t.p20 * 1e3:.4g}",
-                f"{t.p80 * 1e3:.4g}",
-                f"{case.work.bytes / t.median / 1e9:.4g}",
-                f"{case.work.flops / t.median / 1e12:.3g}",
-                f"{t.median / own.time.median:.2f}x",
-                peak,
-                ratio,
-                " ".join((f"{r.error:.1e}", *r.flags)),
-            )
-        )
-    return columns, out
+def measure(case: Chosen, args, device: str, limit, budget: float, records: list) -> int:
+    """Run one case, print its table, note its record."""
+    import torch
 
+    from tigon.bench.run import Settings, record, run_case
 
-def shape_text(sizes) -> str:
-    return ",".join(f"{k}={v}" for k, v in sizes.items())
-
-
-def heading(load, mode: str) -> str:
-    step = " (forward and backward)" if mode == "backward" else ""
-    dtype = str(load.dtype).removeprefix("torch.")
-    words = (load.op, load.variant, shape_text(load.sizes), dtype, mode)
-    return " ".join(filter(None, words)) + step
+    settings = Settings(
+        mode=args.mode,
+        peers=args.peers.replace("-", "_").split(","),
+        seed=args.seed,
+        memory=not args.no_memory,
+        invariant=args.batch_invariant,
+        cold=not args.hot,
+        graph=args.graph,
+        repeat=args.repeat,
+        budget=budget * SWEEP_SHARE if case.sweep else budget,
+        clock=args.clock,
+    )
+    with arguments.backend(args):
+        dtype = getattr(torch, args.dtype)
+        found = run_case(case.op, case.sizes, dtype, device, settings, case.variant, limit)
+    records.append(record(found, case.preset, args.backend, case.sweep))
+    bench_output.show(found, case.preset)
+    return cli.OK if found.ok else cli.WRONG_RESULT

@@ -40,7 +40,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the choice, the launch configs by kernel name, and the copies made on the way."""
+    """What `explain` found: the choice, the launch configs by kernel name, and the copies made on the way.
+
+    tuned: by kernel, the row of a tuned launch table (file and row) that its config follows, if any.
+    """
 
     op: str
     backend: str
@@ -49,11 +52,13 @@ class Explanation:
     arch: int | None
     launch: dict[str, Any] = field(default_factory=dict)
     copies: tuple[str, ...] = ()
+    tuned: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend} ({self.function})", f"  because {self.reason}"]
         for name, config in self.launch.items():
-            lines.append(f"  {name} on sm_{self.arch}: {config}")
+            source = f", tuned by {self.tuned[name]}" if name in self.tuned else ""
+            lines.append(f"  {name} on sm_{self.arch}: {config}{source}")
         lines += [f"  copies {copy}" for copy in self.copies]
         return "\n".join(lines)
 
@@ -269,14 +274,18 @@ def explain(op: str, *args: Any, arch: int | None = None, **kwargs: Any) -> Expl
     finally:
         _recording = before
     choice = select(form, main.device, main.dtype, arch)
-    launch = {}
+    launch, tuned = {}, {}
     if choice.backend != "reference":
+        if arch is None:  # on a CPU that of the interpreter's stand-in, as the launchers take it
+            stand_in = _load("tigon.kernels.launch:target")
+            arch = device_arch(main.device) if main.is_cuda else stand_in(main.device)[0]
         if OPS[form].kind == "cuda":
-            plan = _load("tigon.native:plan")
+            launch = _load("tigon.native:plan")(form, table_arch(arch // 10), **sizes)
         else:
-            plan = _load("tigon.kernels.launch:plan")
             sizes = sizes | {"batch_invariant": is_batch_invariant()}
-        if arch is None:
-            arch = device_arch(main.device) if main.is_cuda else 80
-        launch = plan(form, table_arch(arch // 10), **sizes)
-    return Explanation(op, choice.backend, choice.reason, choice.function, arch, launch, copies)
+            plan, sources = (_load(f"tigon.kernels.launch:{name}") for name in ("plan", "sources"))
+            launch = plan(form, table_arch(arch // 10), **sizes)
+            tuned = sources(form, table_arch(arch // 10), **sizes)
+    return Explanation(
+        op, choice.backend, choice.reason, choice.function, arch, launch, copies, tuned
+    )

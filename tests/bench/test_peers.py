@@ -180,6 +180,18 @@ def test_what_transformers_would_take_is_out_of_sight_again(tmp_path, monkeypatc
         del sys.modules[name]
 
 
+def test_half_an_import_leaves_nothing_in_sight(tmp_path, monkeypatch):
+    folder = tmp_path / "causal_conv1d"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("import causal_conv1d.part, no_cuda_part")
+    (folder / "part.py").write_text("")
+    monkeypatch.setattr(find, "FOLDER", tmp_path)
+    monkeypatch.setattr(find, "_hidden", {})
+    with pytest.raises(ImportError, match="no_cuda_part"), find.in_sight():
+        import_module("causal_conv1d")
+    assert not [name for name in sys.modules if name.startswith("causal_conv1d")]
+
+
 @pytest.mark.parametrize("name", [n for n, p in PEERS.items() if hasattr(p, "DEVICES")])
 def test_what_is_not_installed_is_told(name, monkeypatch):
     package = {"flash_linear_attention": "fla"}.get(name, name)

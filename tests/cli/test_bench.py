@@ -3,28 +3,27 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-from tigon.bench import lowprec, run, timing, workloads
+from tigon.bench import lowprec, records, run, workloads
 from tigon.bench.peers import find
 from tigon.bench.variants import variants
 from tigon.bench.work import stored, work
 from tigon.ops.quantized import QuantizedTensor
 
 SHAPE = ("--shape", "l=16,h=4,p=8,g=2,n=16", "--dtype", "float32")
-ONCE = ("--repeat", "1", "--device", "cpu")
+ONCE = ("--repeat", "1", "--device", "cpu", "--no-roof")
 
 
 def test_a_wrong_result_prints_no_time_and_exits_with_2(tigon_command, broken_op):
     code, out = tigon_command("bench", "ssd_scan", *SHAPE, *ONCE, "--peers", "none")
     assert code == 2
-    assert "WRONG y" in out and "GB/s" not in out
+    assert "WRONG y" in out and "median of" not in out and "p20" not in out
 
 
-@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("mode", ["forward", "backward", "step"])
 def test_peers_stand_beside_tigon_and_failures_are_told(mode, tigon_command, monkeypatch, tmp_path):
     def peers(load, wanted, device):
         def fails(inputs):
@@ -44,7 +43,7 @@ def test_peers_stand_beside_tigon_and_failures_are_told(mode, tigon_command, mon
     assert code == 0, out
     assert "fails: failed: RuntimeError: no such chip" in out and "absent: not installed" in out
     assert "differs from the oracle" in out
-    (found,) = json.loads(file.read_text())
+    (found,) = json.loads(file.read_text())["cases"]
     assert [r["name"] for r in found["results"]] == ["tigon", "twin", "other"]
     assert found["check"]["ok"] and found["case"]["shape"]["l"] == 16
     assert all(r["time"]["median"] > 0 and r["peak"] > 0 for r in found["results"])
@@ -62,6 +61,84 @@ def test_dry_run_needs_no_gpu_and_prints_work_and_launch(tigon_command):
     code, out = tigon_command("bench", "all", "--dry-run", "--mode", "backward", "--arch", "90")
     assert code == 0
     assert "GFLOP" in out and "convolve on sm_90" in out and "ssd_update has no backward" in out
+
+
+def test_dry_run_predicts_the_time_at_a_datasheets_roof(tigon_command):
+    code, out = tigon_command("bench", "ssd_scan", "--dry-run", "--arch", "90")
+    assert code == 0
+    assert "an H200 (4.8 TB/s, 989 TFLOP/s, datasheet): 64.23 us, memory-bound" in out
+
+
+def test_presets_and_sweeps_multiply_the_cases(tigon_command):
+    argv = ("--preset", "nemotron-3-nano,nemotron-h-8b", "--sweep", "l=1k,8k", "--dry-run")
+    code, out = tigon_command("bench", "ssd_scan", *argv)
+    heads = [line.split()[1:3] for line in out.splitlines() if line.startswith("ssd_scan nemo")]
+    nano, whole = "b=1,l={},h=64,p=64,g=8,n=128", "b=1,l={},h=128,p=64,g=8,n=128"
+    assert code == 0 and heads == [
+        ["nemotron-3-nano", nano.format(8192)],
+        ["nemotron-3-nano", nano.format(1024)],
+        ["nemotron-h-8b", whole.format(8192)],
+        ["nemotron-h-8b", whole.format(1024)],
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv,said",
+    [
+        (("--graph", "--device", "cpu"), "--graph needs a GPU"),
+        (("--sweep", "q=1k"), "rms_norm has no size q; it has t, d"),
+        (("--preset", "gpt"), "unknown preset 'gpt'"),
+        (("--variant", "odd"), "no variant 'odd'"),
+        (("--peers", "nobody"), "unknown peer nobody"),
+        (("--mode", "step", "--variant", "plain"), "no variant 'plain'"),
+    ],
+)
+def test_what_cannot_run_is_named_and_exits_with_1(argv, said, tigon_command):
+    code, out = tigon_command("bench", "rms_norm", "--shape", "t=8,d=64", "--no-roof", *argv)
+    assert code == 1 and said in out
+
+
+def test_a_model_without_experts_is_told_and_others_go_on(tigon_command):
+    argv = ("--preset", "nemotron-h-8b", "--dry-run")
+    code, out = tigon_command("bench", "moe_route", *argv)
+    assert code == 1 and "moe_route: a model without experts (nemotron-h-8b)" in out
+    code, out = tigon_command("bench", "moe_route", "rms_norm", *argv)
+    assert code == 0 and "rms_norm nemotron-h-8b" in out
+
+
+def test_files_hold_what_was_measured_and_a_sweep_marks_its_points(tigon_command, tmp_path):
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "md")}
+    argv = [word for kind, file in files.items() for word in (f"--{kind}", str(file))]
+    shape = ("--shape", "t=64,d=64", "--dtype", "float32", "--sweep", "auto")
+    code, out = tigon_command("bench", "rms_norm", *shape, "--hot", "--peers", "torch-eager", *ONCE, *argv)  # fmt: skip
+    assert code == 0, out
+    record = records.load(files["json"])
+    cases = [(c["case"]["shape"]["t"], c["case"]["sweep"]) for c in record["cases"]]
+    assert cases == [(64, None), (4, "t"), (16, "t")]
+    assert {c["case"]["cold"] for c in record["cases"]} == {False} and "hot caches" in out
+    assert record["roof"] is None and record["env"]["device"] == "cpu"
+    assert len(files["csv"].read_text().splitlines()) == 1 + 3 * 2
+    assert "torch_eager" in files["md"].read_text()
+
+
+def test_every_row_says_its_share_of_the_roof_that_was_measured_first(tigon_command, tmp_path):
+    file = tmp_path / "a.json"
+    argv = ("rms_norm", "--shape", "t=64,d=64", "--dtype", "float32", "--peers", "none")
+    code, out = tigon_command("bench", *argv, *ONCE[:-1], "--json", str(file))
+    record = records.load(file)
+    lines = out.splitlines()
+    assert code == 0 and "Roof of cpu, measured: copy " in lines[1]
+    (result,) = record["cases"][0]["results"]
+    assert f" {result['share']:.1%} " in out and record["roof"]["source"] == "measured"
+
+
+def test_a_wrong_result_is_recorded_without_a_time(tigon_command, broken_op, tmp_path):
+    file = tmp_path / "a.json"
+    code, _ = tigon_command(
+        "bench", "ssd_scan", *SHAPE, *ONCE, "--peers", "none", "--json", str(file)
+    )
+    (found,) = records.load(file)["cases"]
+    assert code == 2 and not found["check"]["ok"] and found["results"] == []
 
 
 CASES = [(op, variant) for op in lowprec.BUILDERS for variant in variants(op)]
@@ -105,12 +182,13 @@ def test_peers_give_almost_the_same_bytes_and_the_same_products(tmp_path):
     file = tmp_path / "bench.json"
     command = [sys.executable, "-m", "tigon", "bench", "quantize_nvfp4", "scaled_mm", *ONCE]
     command += ["--shape", "m=64,n=32,k=256", "--no-memory", "--json", str(file)]
+    command += ["--peers", "torchao,modelopt,torch_eager,torch_scaled_mm"]
     subprocess.run(command, check=True, capture_output=True)
-    quantizers, products = json.loads(file.read_text())
+    quantizers, products = json.loads(file.read_text())["cases"]
     assert quantizers["case"]["variant"] == "row" and products["case"]["variant"] == "fp8-row"
     errors = {r["name"]: r["error"] for r in quantizers["results"]}
     missing = {k for k, v in quantizers["missing"].items() if "not installed" in v}
-    assert {"tigon", "torchao", "modelopt"} <= set(errors) | missing
+    assert set(errors) | missing == {"tigon", "torchao", "modelopt", "torch_eager"}
     assert errors.pop("tigon") == 0
     assert all(error < 0.006 for error in errors.values())  # a byte holds two codes
     errors = {r["name"]: r["error"] for r in products["results"]}
@@ -125,7 +203,8 @@ def test_work_of_the_scan_is_the_published_count():
     states = 4 * 128 * 64 * 128
     assert (forward.bytes - states) / 4096 == 2 * (2 * 128 * 64 + 2 * 8 * 128 + 128) == 37120
     assert round(forward.flops / 4096 / 1e6, 1) == 4.8
-    assert work("ssd_scan", sizes, 2, "backward").flops > 3 * forward.flops
+    backward, step = (work("ssd_scan", sizes, 2, mode) for mode in ("backward", "step"))
+    assert backward.flops > 2 * forward.flops and step == forward + backward
 
 
 def test_the_gate_cuts_tokens_only():
@@ -133,25 +212,3 @@ def test_the_gate_cuts_tokens_only():
     cut = run.gate_sizes("ssd_scan", sizes, "forward", "cpu")
     assert 128 <= cut.pop("l") < 2**17
     assert cut == {k: v for k, v in sizes.items() if k != "l"}
-
-
-def test_quantiles_interpolate():
-    found = timing.summary([5.0, 1.0, 2.0, 3.0, 4.0], "")
-    assert (found.median, found.p20, found.p80, found.n) == (3.0, 1.8, 4.2, 5)
-
-
-def test_measured_time_is_that_of_one_call():
-    found = timing.measure({"sleep": lambda: time.sleep(2e-3)}, "cpu", repeat=3)["sleep"]
-    assert 2e-3 <= found.median < 2e-2
-    busy = timing.measure({"sleep": lambda: time.sleep(2e-3)}, "cpu", repeat=3, clock="cpu")
-    assert busy["sleep"].median < 1e-3
-
-
-def test_peak_memory_counts_what_lived_at_once():
-    def call():
-        first = torch.ones(1000)
-        second = first + 1
-        del first
-        return second * 2
-
-    assert 8000 <= timing.peak_memory(call, "cpu") < 8100  # and a few bytes of scalars
