@@ -55,15 +55,15 @@ def in_sight() -> Iterator[None]:
             yield
     finally:
         sys.path.remove(str(FOLDER))
-        for name in [name for name in sys.modules if name.split(".")[0] in SOUGHT]:
-            if _lies_in_folder(sys.modules[name.split(".")[0]]):
-                _hidden[name] = sys.modules[name]
+        sought = {k: m for k, m in sys.modules.items() if k.split(".")[0] in SOUGHT}
+        _hidden.update({k: m for k, m in sought.items() if _lies_in_folder(m)})
         for name in _hidden:
             sys.modules.pop(name, None)
 
 
 def _lies_in_folder(module: ModuleType) -> bool:
-    return FOLDER in Path(getattr(module, "__file__", None) or "/").parents
+    places = (getattr(module, "__file__", None), *getattr(module, "__path__", ()))
+    return any(FOLDER in Path(place).parents for place in places if place)
 
 
 def once(prepare: Callable[[Mapping], object]) -> Callable[[Mapping], object]:

@@ -1,6 +1,8 @@
-"""``tigon list``: the ops, from the registry and without torch, and the model presets."""
+"""``tigon list``: the ops, from the registry and without torch; model presets; peers of ``tigon bench``."""
 
 import json
+import sys
+from importlib import import_module, metadata
 
 from tigon import cli
 from tigon.cli import table
@@ -8,12 +10,12 @@ from tigon.registry import PUBLIC
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("what", nargs="?", choices=("ops", "presets"), default="ops")
+    parser.add_argument("what", nargs="?", choices=tuple(LISTS), default="ops")
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
 
 
 def run(args) -> int:
-    rows = ops() if args.what == "ops" else presets()
+    rows = LISTS[args.what]()
     if args.json:
         print(json.dumps(rows, indent=2))
     elif rows:
@@ -53,3 +55,26 @@ def presets() -> list[dict]:
         }
         for name, model in PRESETS.items()
     ]
+
+
+def peers() -> list[dict]:
+    """One row a peer of `tigon bench`: its package, the version that is installed, where it runs, the ops it knows."""
+    from tigon.bench.peers.find import FOLDER, NAMES
+
+    rows, places = [], [*sys.path, str(FOLDER)]
+    for name in NAMES:
+        peer = import_module(f"tigon.bench.peers.{name}")
+        found = next(iter(metadata.distributions(name=peer.PACKAGE, path=places)), None)
+        rows.append(
+            {
+                "peer": name,
+                "package": peer.PACKAGE,
+                "version": found.version if found else "not installed",
+                "devices": " ".join(getattr(peer, "DEVICES", ("cpu", "cuda"))),
+                "ops": " ".join(peer.OPS),
+            }
+        )
+    return rows
+
+
+LISTS = {"ops": ops, "presets": presets, "peers": peers}

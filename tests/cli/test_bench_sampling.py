@@ -1,18 +1,13 @@
-"""Workloads of sampling: no token is left to rounding, every length is accepted, work is counted, a peer agrees."""
-
-import sys
-from types import ModuleType
+"""Workloads of sampling: no token is left to rounding, every length is accepted, work is counted."""
 
 import pytest
 import torch
 
 from tigon.bench import sampling, verify, workloads
-from tigon.bench.peers import find, flashinfer
 from tigon.bench.variants import variants
 from tigon.bench.work import work
 from tigon.bench.workloads import SMALL
 from tigon.ops import dispatch
-from tigon.reference.sampling import acceptance
 
 
 def make(op, dtype=torch.float32, device="cpu", variant=None, **sizes):
@@ -67,31 +62,3 @@ def test_bytes_are_those_of_the_logits():
     line = 32 * 131072 * 2
     assert once["token"] // line == 13 and once["token-greedy-drafts"] // line == 7
     assert once["block"] // line == 21 and once["strict"] // line == 6
-
-
-@pytest.mark.parametrize("variant", ["token", "token-greedy-drafts"])
-def test_flashinfer_is_given_probabilities_and_its_answer_is_read(variant, monkeypatch):
-    """A stand-in with that package's interface, as its documentation has it."""
-
-    def chain(draft_probs, draft_token_ids, target_probs):
-        d = draft_token_ids.long()[..., None]
-        accept = (
-            acceptance(target_probs[:, :-1].gather(-1, d), draft_probs.gather(-1, d))[..., 0] > 0.5
-        )
-        n = accept.long().cumprod(-1).sum(-1)
-        out = torch.nn.functional.pad(draft_token_ids, (0, 1))
-        step = torch.arange(out.shape[1])
-        last = target_probs.argmax(-1).to(torch.int32)
-        out = torch.where(step == n[:, None], last, out).where(step <= n[:, None], -1)
-        return out, n, n
-
-    module = ModuleType("flashinfer.sampling")
-    module.chain_speculative_sampling, module.softmax = chain, lambda logits: logits.softmax(-1)
-    monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
-    monkeypatch.setitem(sys.modules, "flashinfer.sampling", module)
-    load = make("verify_draft", variant=variant)
-    for got, want in zip(flashinfer.build(load)(load.inputs), load.run(), strict=True):
-        assert torch.equal(got, want)
-    assert find.find(load, ["flashinfer"], "cpu")[1] == {"flashinfer": "does not run on cpu"}
-    with pytest.raises(NotImplementedError, match="has no block"):
-        flashinfer.build(make("verify_draft", variant="block"))

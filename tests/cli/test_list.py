@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 
+from tigon.bench.peers import find, flash_attn
 from tigon.registry import PUBLIC
 
 
@@ -27,3 +29,16 @@ def test_presets_show_their_layers(tigon_command):
     code, out = tigon_command("list", "presets")
     assert code == 0
     assert "nemotron-h-8b" in out and "24M" in out
+
+
+def test_peers_show_what_is_installed_and_what_they_know(tigon_command, monkeypatch):
+    monkeypatch.setattr(flash_attn, "PACKAGE", "no-such-package")
+    code, out = tigon_command("list", "peers", "--json")
+    assert code == 0
+    rows = {row["peer"]: row for row in json.loads(out)}
+    assert list(rows) == list(find.NAMES)
+    assert rows["torch_eager"]["version"] == metadata.version("torch")
+    assert rows["flash_attn"]["version"] == "not installed"
+    assert rows["causal_conv1d"]["devices"] == "cuda"
+    assert rows["causal_conv1d"]["ops"] == "causal_conv1d causal_conv1d_update"
+    assert tigon_command("list", "peers")[0] == 0
