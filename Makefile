@@ -29,7 +29,7 @@ NVCC := $(foreach part,cuda-nvcc cuda-crt nvvm cuda-runtime cuda-cccl,"nvidia-$(
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 PARALLEL := -n $(WORKERS) --dist loadgroup
 
-.PHONY: test demo env lint format unit codegen codegen-all csrc packaging docs bench-smoke clean
+.PHONY: test demo env lint format unit codegen codegen-all csrc packaging docs bench-smoke bench-suites on-gpu clean
 
 # pytest last and in one run: its closing line is the last line of `make test`.
 test: lint docs
@@ -91,6 +91,14 @@ docs: env
 
 bench-smoke: env
 	@$(BIN)/tigon bench ssd_scan --dry-run
+
+# Each op under pytest-benchmark; TIGON_BENCH_SIZES=small|default.
+bench-suites: env
+	@$(BIN)/python -m pytest -q bench/suites --benchmark-only
+
+# Build, warm, test, sanitize and measure on this machine's GPU; docs/gpu.md.
+on-gpu:
+	@PYTHON=$(PYTHON) bench/on_gpu.sh
 
 clean:
 	rm -rf build dist docs/_build *.egg-info python/_C*.so python/_build.json

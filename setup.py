@@ -18,6 +18,8 @@ ROOMS = {
     "tigon.bench": "bench",
     "tigon.csrc": "csrc",
 }
+# Of the checkout only: records, pytest's suites, and the script that needs the Makefile and the tests.
+UNSHIPPED = ("results", "results.*", "suites", "on_gpu")
 
 
 def packages():
@@ -25,13 +27,16 @@ def packages():
     for name, room in ROOMS.items():
         if not Path(room).is_dir():  # a room still empty is not in a fresh clone
             continue
-        folders = find_namespace_packages(room, exclude=["*__pycache__*"])
+        folders = find_namespace_packages(room, exclude=["*__pycache__*", *UNSHIPPED])
         yield from [name, *(f"{name}.{folder}" for folder in folders)]
 
 
 setup(
     packages=[*packages()],
-    package_data={"": ["py.typed", "*.cu", "*.cuh"], "tigon.kernels": ["tuned/*.json"]},
+    package_data={
+        "": ["py.typed", "*.cu", "*.cuh", "*.html", "*.css", "*.js"],
+        "tigon.kernels": ["tuned/*.json"],
+    },
     ext_modules=[] if mode() == "none" else [Extension("tigon._C", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},
 )

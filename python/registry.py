@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class Op:
     """name: of the registered op `tigon::<name>`. kind: "triton" or "cuda", the language of its kernel.
-    public: whether users call it (backward ops are not). sizes: a real shape, by symbol of the API."""
+    public: whether users call it (backward ops are not). sizes: a real shape, by symbol of the API.
+
+    The rest is what the table of support says, and tests/ops/test_support.py proves: archs: of GPUs, as in sm_90.
+    takes: dtypes and formats beside `dtypes`. ragged: how rows or sequences of different lengths come. compiles:
+    under torch.compile in one graph; captures: in a CUDA graph, as nothing is read from the device. invariant: a
+    row's bits are independent of the rest of the batch "always", "in its mode" (batch-invariant), or "" (they cannot).
+    """
 
     name: str
     family: str
@@ -22,6 +28,12 @@ class Op:
     public: bool = True
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     sizes: dict[str, int] = field(default_factory=dict)
+    archs: tuple[int, ...] = (80, 90, 100, 120)
+    takes: str = ""
+    ragged: str = ""
+    compiles: bool = True
+    captures: bool = True
+    invariant: str = "in its mode"
 
 
 _SUPER = {"b": 1, "l": 8192, "h": 128, "p": 64, "g": 8, "n": 128}
@@ -38,6 +50,7 @@ _ALL = (
         "tigon.kernels.ssd_forward:ssd_forward",
         backward="ssd_scan_backward",
         sizes=_SUPER,
+        ragged="cu_seqlens; states and their gradients by sequence",
     ),
     Op(
         "ssd_scan_backward",
@@ -57,6 +70,9 @@ _ALL = (
         "tigon.reference.ssd:ssd_update",
         "tigon.native:ssd_update",
         sizes=_SUPER_STEP,
+        takes="state also int8, E4M3",
+        ragged="slots, padding, 1 to 16 tokens a row; with replay 1 to 32, chains and trees",
+        invariant="always",
     ),
     Op(
         "ssd_replay",
@@ -77,6 +93,7 @@ _ALL = (
         "tigon.kernels.causal_conv1d:conv1d_forward",
         backward="causal_conv1d_backward",
         sizes=_SUPER_CONV,
+        ragged="cu_seqlens; states by sequence",
     ),
     Op(
         "causal_conv1d_backward",
@@ -96,6 +113,8 @@ _ALL = (
         "tigon.reference.conv1d:conv1d_update",
         "tigon.native:conv1d_update",
         sizes={"b": 64, "m": 1, "d": 10240, "width": 4},
+        ragged="as ssd_update",
+        invariant="always",
     ),
     Op(
         "conv1d_replay",
@@ -155,6 +174,7 @@ _ALL = (
         "tigon.reference.quantize:quantize_nvfp4",
         "tigon.native:quantize_nvfp4",
         sizes={"m": 8192, "k": 4096},
+        invariant="always",
     ),
     Op(
         "quantize_mxfp8",
@@ -164,6 +184,7 @@ _ALL = (
         "tigon.reference.quantize:quantize_mxfp8",
         "tigon.native:quantize_mxfp8",
         sizes={"m": 8192, "k": 4096},
+        invariant="always",
     ),
     Op(
         "quantize_fp8",
@@ -173,6 +194,7 @@ _ALL = (
         "tigon.reference.quantize:quantize_fp8",
         "tigon.native:quantize_fp8",
         sizes={"m": 8192, "k": 4096},
+        invariant="always",
     ),
     Op(
         "dequantize",
@@ -182,6 +204,8 @@ _ALL = (
         "tigon.reference.quantize:dequantize",
         "tigon.native:dequantize",
         sizes={"m": 18560, "k": 4096},
+        takes="from NVFP4, MXFP8, FP8",
+        invariant="always",
     ),
     Op(
         "scaled_mm",
@@ -191,6 +215,7 @@ _ALL = (
         "tigon.reference.gemm:scaled_mm",
         "tigon.kernels.gemm:scaled_mm",
         sizes={"m": 8192, "n": 18560, "k": 4096},
+        takes="of NVFP4, MXFP8, FP8, or plain x NVFP4",
     ),
     Op(
         "moe_route",
@@ -202,6 +227,8 @@ _ALL = (
         backward="moe_route_backward",
         dtypes=("float32",),
         sizes={"t": 8192, "e": 512, "k": 22},
+        ragged="masks; sums by sequence",
+        invariant="always",
     ),
     Op(
         "moe_route_backward",
@@ -223,6 +250,8 @@ _ALL = (
         "tigon.native:moe_sort",
         dtypes=("int32", "int64"),
         sizes={"t": 8192, "e": 512, "k": 22},
+        ragged="skipped choices",
+        invariant="",
     ),
     Op(
         "grouped_mm",
@@ -233,6 +262,7 @@ _ALL = (
         "tigon.kernels.grouped_gemm:grouped_mm",
         backward="grouped_mm_backward",
         sizes={"rows": 180224, "e": 512, "n": 2688, "k": 1024},
+        ragged="rows by expert",
     ),
     Op(
         "grouped_mm_backward",
@@ -253,6 +283,8 @@ _ALL = (
         "tigon.kernels.grouped_gemm:moe_experts",
         backward="moe_experts_backward",
         sizes={"t": 8192, "k": 22, "e": 512, "m": 2688, "l": 1024},
+        takes="weights also NVFP4, FP8, without their gradients",
+        ragged="rows by expert",
     ),
     Op(
         "moe_experts_backward",
@@ -272,6 +304,8 @@ _ALL = (
         "tigon.reference.sampling:sample",
         "tigon.native:sample",
         sizes={"b": 32, "V": 131072},
+        ragged="settings by row",
+        invariant="always",
     ),
     Op(
         "verify_draft",
@@ -281,6 +315,8 @@ _ALL = (
         "tigon.reference.sampling:verify_draft",
         "tigon.native:verify_draft",
         sizes={"b": 32, "K": 5, "V": 131072},
+        ragged="rules, settings and numbers of drafts by row",
+        invariant="always",
     ),
     Op(
         "verify_tree",
@@ -290,6 +326,8 @@ _ALL = (
         "tigon.reference.sampling:verify_tree",
         "tigon.native:verify_tree",
         sizes={"b": 32, "N": 16, "V": 131072},
+        ragged="trees and settings by row",
+        invariant="always",
     ),
     Op(
         "tree_ancestors",
@@ -300,6 +338,8 @@ _ALL = (
         "tigon.native:tree_ancestors",
         dtypes=("int32",),
         sizes={"b": 32, "N": 16},
+        ragged="trees by row",
+        invariant="always",
     ),
     Op(
         "attention_token_scores",
@@ -309,6 +349,7 @@ _ALL = (
         "tigon.reference.token_scores:attention_token_scores",
         "tigon.kernels.token_scores:attention_token_scores",
         sizes={"nq": 64, "nk": 32768, "hq": 32, "hkv": 8, "dim": 128},
+        ragged="queries and keys by sequence",
     ),
     Op(
         "ssd_token_scores",
@@ -318,6 +359,7 @@ _ALL = (
         "tigon.reference.token_scores:ssd_token_scores",
         "tigon.kernels.token_scores:ssd_token_scores",
         sizes={"nq": 64, "nk": 32768, "h": 128, "g": 8, "n": 128},
+        ragged="queries and keys by sequence",
     ),
     Op(
         "select_tokens",
@@ -328,6 +370,8 @@ _ALL = (
         "tigon.native:select_tokens",
         dtypes=("float32",),
         sizes={"t": 32768, "s": 4, "keep": 2048},
+        ragged="counts by sequence, on the device",
+        invariant="always",
     ),
     Op(
         "compact_tokens",
@@ -338,6 +382,9 @@ _ALL = (
         "tigon.native:gather_rows",
         backward="compact_tokens_backward",
         sizes={"t": 32768, "d": 4096, "kept": 8192},
+        takes="any other of up to 8 bytes",
+        ragged="sequences of any length",
+        invariant="always",
     ),
     Op(
         "compact_tokens_backward",

@@ -1,10 +1,15 @@
 """Which other packages can run a workload here. A peer is a module beside this one:
 
 OPS       the ops that it knows
+PACKAGE   what is installed, by its name there
 DEVICES   where it runs, if not everywhere
 APART     it may lie in the folder `peers` of the environment, out of sight of packages that would take it
 RANDOM    of OPS those that draw with random numbers of their own, so that results cannot be compared
 build(workload) -> function from inputs to outputs; may raise ImportError, or NotImplementedError with the reason
+
+The function is for inputs of that workload and for copies of them: the workload's options, which may be as long as the
+inputs (offsets, seeds), belong to it. A peer that changes an input does so on whichever inputs it gets. Outputs are the
+first ones of the workload, in its order; whoever has fewer returns fewer.
 """
 
 import contextlib
@@ -12,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from tigon.bench.timing import quiet_stderr
 from tigon.bench.workloads import Workload
@@ -19,36 +25,58 @@ from tigon.bench.workloads import Workload
 NAMES = (
     "transformers",
     "transformers_grouped_mm",
-    "mamba_ssm",
     "torch_eager",
+    "torch_compiled",
     "torch_scaled_mm",
     "torch_grouped_mm",
     "torchao",
     "modelopt",
     "flashinfer",
+    "flash_linear_attention",
+    "flash_attn",
+    "mamba_ssm",
+    "causal_conv1d",
 )
 FOLDER = Path(sys.prefix) / "peers"
+SOUGHT = ("mamba_ssm", "causal_conv1d")  # what transformers takes instead of its own code
+_hidden: dict[str, ModuleType] = {}
 
 
 @contextlib.contextmanager
 def in_sight() -> Iterator[None]:
-    """Packages in FOLDER can be imported; what they say about missing extensions goes nowhere."""
+    """Packages in FOLDER can be imported; what they say about missing extensions goes nowhere.
+
+    Afterwards those that are SOUGHT are out of sight again. They are kept: their ops can be registered once only.
+    """
     sys.path.append(str(FOLDER))
+    sys.modules.update(_hidden)
     try:
         with quiet_stderr():
             yield
     finally:
         sys.path.remove(str(FOLDER))
+        for name in [name for name in sys.modules if name.split(".")[0] in SOUGHT]:
+            if _lies_in_folder(sys.modules[name.split(".")[0]]):
+                _hidden[name] = sys.modules[name]
+        for name in _hidden:
+            sys.modules.pop(name, None)
+
+
+def _lies_in_folder(module: ModuleType) -> bool:
+    return FOLDER in Path(getattr(module, "__file__", None) or "/").parents
 
 
 def once(prepare: Callable[[Mapping], object]) -> Callable[[Mapping], object]:
-    """`prepare(inputs)`, done again only when other inputs come: what a peer need not do at every call."""
-    last: list = [None, None]
+    """`prepare(inputs)`, done once for each inputs that come: what a peer need not do at every call.
+
+    Inputs are told apart by identity and kept, as copies of them take turns where caches shall be cold.
+    """
+    kept: dict[int, tuple] = {}
 
     def prepared(inputs):
-        if last[0] is not inputs:
-            last[:] = inputs, prepare(inputs)
-        return last[1]
+        if id(inputs) not in kept:
+            kept[id(inputs)] = inputs, prepare(inputs)
+        return kept[id(inputs)][1]
 
     return prepared
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from tigon.bench.workloads import Workload
 
 OPS = ("quantize_nvfp4", "quantize_mxfp8", "dequantize")
+PACKAGE = "nvidia-modelopt"
 APART = True
 
 

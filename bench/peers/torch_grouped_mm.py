@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tigon.bench.workloads import Workload
 
 OPS = ("grouped_mm",)
+PACKAGE = "torch"
 
 
 def build(work: Workload) -> Callable:

@@ -11,6 +11,7 @@ from tigon.bench.peers.find import once
 from tigon.bench.workloads import Workload
 
 OPS = ("scaled_mm",)
+PACKAGE = "torch"
 
 
 def build(work: Workload) -> Callable:

@@ -9,6 +9,7 @@ from tigon.bench.peers.find import once
 from tigon.bench.workloads import Workload
 
 OPS = ("quantize_nvfp4", "quantize_mxfp8", "quantize_fp8", "dequantize", "scaled_mm")
+PACKAGE = "torchao"
 APART = True
 
 

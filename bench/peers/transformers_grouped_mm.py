@@ -6,6 +6,7 @@ from tigon.bench.peers.transformers import experts
 from tigon.bench.workloads import Workload
 
 OPS = ("moe_experts",)
+PACKAGE = "transformers"
 
 
 def build(work: Workload) -> Callable:

@@ -22,6 +22,7 @@ def _alternating(layers: int, attention: tuple[int, ...]) -> str:
 
 _H_8B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
 
+#: HybridConfig by name: "nemotron-h-8b", "nemotron-3-super", …; `tigon list presets` shows them.
 PRESETS: dict[str, HybridConfig] = {
     "nemotron-h-4b": HybridConfig(
         pattern=_H_8B, hidden_size=3072, mamba_num_heads=112, intermediate_size=12288

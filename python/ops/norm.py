@@ -4,6 +4,9 @@ With u = x silu(z) (gate first) or u = x, and r = (mean(u^2 over the group) + ep
 
     y = u r weight                 norm_before_gate=False, or no z
     y = x r weight silu(z)         norm_before_gate=True
+
+Sources: Zhang and Sennrich 2019 (arXiv 1910.07467); Dao and Gu 2024 (2405.21060), section 7, for the norm before the
+output projection, and mamba_ssm's RMSNormGated for both orders.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Speculative decoding: draws, and the verification of drafts against the target's logits.
 
-The formulas, the random streams and the sources are at the top of `tigon.reference.sampling`. What is emitted follows
-the target's processed distribution exactly, whatever the drafts are, under every rule:
+The formulas and the random streams are at the top of `tigon.reference.sampling`. What is emitted follows the target's
+processed distribution exactly, whatever the drafts are, under every rule:
 
     token    draft d of draft probability q(d) is accepted with probability min(1, p(d) / q(d)); the first rejected one
              is replaced by a draw from max(p - q, 0), and after all of them a bonus token is drawn from p
@@ -9,6 +9,9 @@ the target's processed distribution exactly, whatever the drafts are, under ever
     strict   what is emitted is the target's own draw, with the noise that `sample(purpose="draft")` uses at the same
              position; a draft is accepted if it equals it. The text depends neither on the drafts nor on their number
     greedy   strict at temperature 0
+
+Sources: Leviathan et al. (arXiv 2211.17192) and Chen et al. (2302.01318) for `token`; Sun et al. (2403.10444) for
+`block`; Salmon et al. 2011 for Philox.
 """
 
 import torch

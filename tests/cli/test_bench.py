@@ -182,12 +182,13 @@ def test_peers_give_almost_the_same_bytes_and_the_same_products(tmp_path):
     file = tmp_path / "bench.json"
     command = [sys.executable, "-m", "tigon", "bench", "quantize_nvfp4", "scaled_mm", *ONCE]
     command += ["--shape", "m=64,n=32,k=256", "--no-memory", "--json", str(file)]
+    command += ["--peers", "torchao,modelopt,torch_eager,torch_scaled_mm"]
     subprocess.run(command, check=True, capture_output=True)
     quantizers, products = json.loads(file.read_text())["cases"]
     assert quantizers["case"]["variant"] == "row" and products["case"]["variant"] == "fp8-row"
     errors = {r["name"]: r["error"] for r in quantizers["results"]}
     missing = {k for k, v in quantizers["missing"].items() if "not installed" in v}
-    assert set(errors) | missing == {"tigon", "torchao", "modelopt"}
+    assert set(errors) | missing == {"tigon", "torchao", "modelopt", "torch_eager"}
     assert errors.pop("tigon") == 0
     assert all(error < 0.006 for error in errors.values())  # a byte holds two codes
     errors = {r["name"]: r["error"] for r in products["results"]}

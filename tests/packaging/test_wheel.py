@@ -16,6 +16,8 @@ x, dt, A, B = torch.ones(1, 5, 2, 4), torch.ones(1, 5, 2), -torch.ones(2), torch
 print(tuple(tigon.ssd_scan(x, dt, A, B, B).shape))
 """
 
+UNSHIPPED = ("tigon/bench/results/", "tigon/bench/suites/", "tigon/bench/on_gpu/")
+
 
 def names(wheel) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
@@ -31,10 +33,16 @@ def shipped(room: str, *patterns: str) -> set[str]:
 def test_pure_wheel_lacks_no_source_of_any_room(pure_wheel):
     assert pure_wheel.name.endswith("-py3-none-any.whl")
     expected = {"tigon/py.typed"} | shipped("csrc", "*.cu", "common/*.cuh")
-    expected |= (
-        shipped("python", "**/*.py") | shipped("kernels", "**/*.py") | shipped("bench", "**/*.py")
-    )
+    expected |= shipped("python", "**/*.py") | shipped("kernels", "**/*.py")
+    bench = shipped("bench", "**/*.py", "report.*")
+    expected |= {name for name in bench if not name.startswith(UNSHIPPED)}
     assert expected - names(pure_wheel) == set()
+
+
+def test_what_belongs_to_the_checkout_only_is_not_in_the_wheel(pure_wheel):
+    """Records, pytest's suites, and the script that runs the tests on a GPU."""
+    assert all((ROOT / folder.removeprefix("tigon/")).is_dir() for folder in UNSHIPPED)
+    assert not [name for name in names(pure_wheel) if name.startswith(UNSHIPPED)]
 
 
 def test_wheel_ships_nothing_but_the_package(pure_wheel):
@@ -109,6 +117,7 @@ def test_sdist_lacks_nothing_that_the_build_needs(sources, tmp_path):
         held = {name.split("/", 1)[-1] for name in archive.getnames()}
     needed = {path for path in sources.glob("*") if path.suffix in (".py", ".toml", ".txt")}
     needed |= {path for room in ("build_tools", "csrc") for path in (sources / room).rglob("*.*")}
+    needed |= set((sources / "bench").glob("report.*"))
     assert {str(path.relative_to(sources)) for path in needed} - held == set()
 
 

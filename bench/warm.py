@@ -1,0 +1,215 @@
+"""Run every op once, on all cores, so that Triton's and CuPy's caches on disk hold the kernels.
+
+    python -m tigon.bench.warm [--ops OP …] [--device cuda] [--dtypes bfloat16 …] [--sizes small|default|both]
+                               [--jobs N] [--budget SECONDS] [--json FILE]
+
+Forward and, where there is one, backward of every variant; bf16 first. Processes are started afresh, as a CUDA context
+does not survive a fork; one that dies takes one workload with it. What does not fit beside the others is tried again
+alone. Failures are listed and do not fail the command. Without a GPU: --device cpu, which runs the reference.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One workload: the registry's sizes ("default") or those of `tigon check` ("small")."""
+
+    op: str
+    variant: str
+    dtype: str
+    sizes: str
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.op, self.variant, self.dtype, self.sizes)))
+
+
+def tasks(ops: list[str], dtypes: list[str], sizes: list[str]) -> list[Task]:
+    """bf16 before the others, real sizes before small ones."""
+    from tigon.bench.variants import variants
+
+    return [
+        Task(op, variant, dtype, size)
+        for dtype in dtypes
+        for size in sizes
+        for op in ops
+        for variant in variants(op)
+    ]
+
+
+def run(task: Task, device: str) -> None:
+    """Forward, and backward of the first output."""
+    import torch
+
+    from tigon.bench import workloads
+    from tigon.registry import OPS
+
+    sizes = OPS[task.op].sizes if task.sizes == "default" else workloads.SMALL[task.op]
+    work = workloads.make(
+        task.op, sizes, getattr(torch, task.dtype), device, variant=task.variant or None
+    )
+    inputs = dict(work.inputs)
+    if work.differentiable:
+        inputs = {k: t.requires_grad_(t.is_floating_point()) for k, t in inputs.items()}
+    out = work.run(inputs)[0]
+    if out.requires_grad:
+        out.backward(torch.ones_like(out))
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def worker(pipe, device: str) -> None:
+    """Runs what comes through the pipe; ends after an error that a CUDA context does not survive."""
+    import torch
+
+    torch.set_num_threads(1)
+    while (task := pipe.recv()) is not None:
+        error, dead = None, False
+        try:
+            run(task, device)
+        except torch.OutOfMemoryError:
+            error = "out of memory"
+        except Exception as failure:  # whatever an op raises is listed
+            error = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
+        if device == "cuda":
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError:
+                dead = True
+        pipe.send((error, dead))
+        if dead:
+            return
+
+
+class Pool:
+    """Processes that each have one task in hand."""
+
+    def __init__(self, jobs: int, device: str):
+        self.context = multiprocessing.get_context("spawn")
+        self.device = device
+        self.jobs = jobs
+        self.idle: list = []
+        self.busy: dict = {}  # pipe: (process, task)
+        self.done = 0
+        self.failures: dict[str, str] = {}
+
+    def start(self):
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=worker, args=(theirs, self.device), daemon=True)
+        process.start()
+        theirs.close()
+        return ours, process
+
+    def run(self, todo: list[Task], deadline: float) -> list[Task]:
+        """What did not get its turn before the deadline."""
+        todo = list(todo)
+        while (todo or self.busy) and time.monotonic() < deadline:
+            while todo and len(self.busy) < self.jobs:
+                pipe, process = self.idle.pop() if self.idle else self.start()
+                task = todo.pop(0)
+                try:
+                    pipe.send(task)
+                except OSError:  # it died while it had nothing to do
+                    todo.insert(0, task)
+                    continue
+                self.busy[pipe] = (process, task)
+            for pipe in wait(list(self.busy), timeout=max(0.0, deadline - time.monotonic())):
+                self.answer(pipe)
+        late = [task for _, task in self.busy.values()] + todo
+        self.close()
+        return late
+
+    def answer(self, pipe) -> None:
+        process, task = self.busy.pop(pipe)
+        try:
+            error, dead = pipe.recv()
+        except EOFError:
+            process.join()
+            self.failures[str(task)] = f"the process died, exit code {process.exitcode}"
+            return
+        if error:
+            self.failures[str(task)] = error
+        else:
+            self.done += 1
+        if not dead:
+            self.idle.append((pipe, process))
+
+    def close(self) -> None:
+        """End all processes."""
+        running = [process for process, _ in self.busy.values()]
+        for process in running:
+            process.kill()
+        for pipe, process in self.idle:
+            with suppress(OSError):
+                pipe.send(None)
+            running.append(process)
+        for process in running:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+        self.idle, self.busy = [], {}
+
+
+def warmed(todo: list[Task], device: str, jobs: int, budget: float) -> dict:
+    """Run `todo`; {"done", "failures" by task, "left" (number), "seconds"}."""
+    begin = time.monotonic()
+    pool = Pool(min(jobs, len(todo)), device)
+    late = pool.run(todo, begin + budget)
+    crowded = [task for task in todo if pool.failures.get(str(task)) == "out of memory"]
+    if crowded and not late:
+        for task in crowded:
+            del pool.failures[str(task)]
+        pool.jobs = 1
+        late = pool.run(crowded, begin + budget)
+    return {
+        "done": pool.done,
+        "failures": pool.failures,
+        "left": len(late),
+        "first_left": [asdict(task) for task in late[:5]],
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    from tigon.registry import PUBLIC
+
+    parser = argparse.ArgumentParser(
+        "python -m tigon.bench.warm", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--ops", nargs="+", choices=tuple(PUBLIC), default=list(PUBLIC), metavar="OP"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--sizes", choices=("small", "default", "both"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    sizes = args.sizes or ("both" if args.device == "cuda" else "small")
+    which = ["default", "small"] if sizes == "both" else [sizes]
+    found = warmed(tasks(args.ops, args.dtypes, which), args.device, args.jobs, args.budget)
+    for name, error in found["failures"].items():
+        print(f"{name}: {error}")
+    print(
+        f"{found['done']} workloads in {found['seconds']} s, {len(found['failures'])} failed, {found['left']} left"
+    )
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

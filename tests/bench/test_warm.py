@@ -1,0 +1,66 @@
+"""tigon.bench.warm: a workload that fails or kills its process costs itself only."""
+
+import time
+
+from tigon.bench import warm
+from tigon.bench.warm import Task
+
+DEADLY = """
+import os, time
+
+def worker(pipe, device):
+    while (task := pipe.recv()) is not None:
+        if task.op == "dies":
+            os._exit(9)
+        if task.op == "hangs":
+            time.sleep(60)
+        crowded = task.op == "big" and not os.path.exists(device)
+        if crowded:
+            open(device, "w").close()
+        pipe.send(("out of memory" if crowded else None, task.op == "poisons"))
+        if task.op == "poisons":
+            return
+"""
+
+
+def of(*ops):
+    return [Task(op, "", "bfloat16", "small") for op in ops]
+
+
+def prepare(monkeypatch, tmp_path):
+    """Workers that do as the op's name says."""
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import deadly
+
+    monkeypatch.setattr(warm, "worker", deadly.worker)
+    return str(tmp_path / "mark")
+
+
+def test_a_process_that_dies_takes_one_workload_with_it(monkeypatch, tmp_path):
+    mark = prepare(monkeypatch, tmp_path)
+    found = warm.warmed(of("a", "dies", "b", "poisons", "c", "big"), mark, jobs=1, budget=60)
+    assert found["failures"] == {
+        "dies bfloat16 small": "the process died, exit code 9"
+    }  # what was crowded out ran alone
+    assert found["done"] == 5 and found["left"] == 0
+
+
+def test_what_has_no_time_is_counted_and_nothing_is_left_running(monkeypatch, tmp_path):
+    mark = prepare(monkeypatch, tmp_path)
+    begin = time.monotonic()
+    found = warm.warmed(of("hangs", "a", "b"), mark, jobs=1, budget=3)
+    assert found["left"] == 3 and time.monotonic() - begin < 30
+    assert found["first_left"][0]["op"] == "hangs"
+
+
+def test_bf16_at_real_sizes_comes_first():
+    found = warm.tasks(["rms_norm", "sample"], ["bfloat16", "float32"], ["default", "small"])
+    assert len(found) == 2 * 2 * (1 + 3)
+    assert {(t.dtype, t.sizes) for t in found[:4]} == {("bfloat16", "default")}
+
+
+def test_an_op_that_raises_is_listed(monkeypatch):
+    found = warm.warmed(of("rms_norm", "no_such_op"), "cpu", jobs=1, budget=120)
+    assert found["done"] == 1
+    assert found["failures"] == {"no_such_op bfloat16 small": "KeyError: 'no_such_op'"}
