@@ -88,7 +88,7 @@ def run_peers(task: Task, device: str) -> None:
     for peer in ready.values():
         for mode in ("forward", "step") if work.differentiable else ("forward",):
             with suppress(Exception):
-                call_of(peer, work.inputs, mode)()
+                call_of(work, mode, peer)()
 
 
 def worker(pipe, device: str) -> None:
