@@ -24,9 +24,12 @@ def clocks() -> dict | None:
     if not torch.cuda.is_available():
         return None
     try:
-        nvml, handle = _device(torch.cuda.current_device())
-    except (OSError, AttributeError, RuntimeError):
+        return _read(*_device(torch.cuda.current_device()))
+    except (OSError, AttributeError, RuntimeError):  # no library, an old one, or it does not answer
         return None
+
+
+def _read(nvml: ctypes.CDLL, handle: ctypes.c_void_p) -> dict:
     value, reasons = ctypes.c_uint(), ctypes.c_ulonglong()
 
     def read(function: str, *args) -> int | None:

@@ -16,6 +16,7 @@ from tigon.bench.work import Work, work
 from tigon.bench.workloads import Workload, make
 
 GATE_FLOPS = {"cpu": 4e10, "cuda": 2e13}  # of the fp64 oracle, about ten seconds
+GATE_BYTES = {"cpu": 2e9, "cuda": 2e10}
 PEER_LIMIT = 0.05  # error of a peer; beyond it computes something else
 SUSPECT = 10.0  # times faster than a peer: rather a mistake than a triumph
 LAUNCH_SECONDS = 20e-6  # shorter calls are timed by how fast Python can launch them
@@ -83,10 +84,17 @@ class Case:
 def gate_sizes(
     op: str, sizes: Mapping[str, int], mode: str, device: str, variant: str | None = None
 ) -> dict[str, int]:
-    """`sizes` with so many tokens that the oracle ends in seconds."""
+    """`sizes` with so few tokens that the oracle ends in seconds, and so few experts that fp64 has room for them."""
     cut = dict(sizes)
     tokens = next((k for k in ("t", "rows", "l", "b", "m") if k in cut), None)
-    while tokens and cut[tokens] > 1 and work(op, cut, 8, mode, variant).flops > GATE_FLOPS[device]:
+    chosen = cut["k"] if op == "moe_experts" else 1
+
+    def counted() -> Work:
+        return work(op, cut, 8, mode, variant)
+
+    while "e" in cut and cut["e"] >= 2 * max(chosen, 8) and counted().bytes > GATE_BYTES[device]:
+        cut["e"] //= 2
+    while tokens and cut[tokens] > 1 and counted().flops > GATE_FLOPS[device]:
         cut[tokens] //= 2
     return cut
 

@@ -69,6 +69,10 @@ def run(args) -> int:
     if args.graph and device == "cpu" and not args.dry_run:
         print("--graph needs a GPU")
         return cli.USAGE
+    if args.graph and args.mode == "backward":
+        # Autograd runs a backward on the stream of its forward, which lies outside the capture.
+        print("--graph captures forward or step: gradients alone cannot be captured")
+        return cli.USAGE
     codes, chosen = [cli.OK], []
     for op in arguments.ops(args.op):
         if args.mode != "forward" and not OPS[op].backward:

@@ -86,6 +86,7 @@ def test_presets_and_sweeps_multiply_the_cases(tigon_command):
     "argv,said",
     [
         (("--graph", "--device", "cpu"), "--graph needs a GPU"),
+        (("--graph", "--mode", "backward", "--device", "cuda"), "--graph captures forward or step"),
         (("--sweep", "q=1k"), "rms_norm has no size q; it has t, d"),
         (("--preset", "gpt"), "unknown preset 'gpt'"),
         (("--variant", "odd"), "no variant 'odd'"),
@@ -212,3 +213,14 @@ def test_the_gate_cuts_tokens_only():
     cut = run.gate_sizes("ssd_scan", sizes, "forward", "cpu")
     assert 128 <= cut.pop("l") < 2**17
     assert cut == {k: v for k, v in sizes.items() if k != "l"}
+
+
+def test_the_gate_cuts_experts_that_fp64_has_no_room_for():
+    """Super's 512 experts take 45 GB in fp64, with gradients and their like 90."""
+    whole = {"t": 8192, "k": 22, "e": 512, "m": 2688, "l": 1024}
+    cut = run.gate_sizes("moe_experts", whole, "step", "cuda")
+    assert cut["e"] == 64 and work("moe_experts", cut, 8, "step").bytes < 2e10
+    few = whole | {"k": 200}
+    assert run.gate_sizes("moe_experts", few, "step", "cuda")["e"] == 256
+    small = whole | {"e": 16, "k": 2}
+    assert run.gate_sizes("moe_experts", small, "forward", "cuda")["e"] == 16
