@@ -92,9 +92,17 @@ def gate_sizes(
 
 
 def call_of(
-    run: Callable, inputs: Mapping[str, Tensor], mode: str, invariant: bool = False
+    load: Workload,
+    mode: str,
+    run: Callable | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+    invariant: bool = False,
 ) -> Callable[[], object]:
-    """What is timed: the forward, the gradients of its first output, or both ("step")."""
+    """What is timed: the forward, the gradients alone, or both ("step"). run and inputs: a peer's, a copy of them.
+
+    Gradients are of all outputs that have any, but for final states, which training does not look at.
+    """
+    run, inputs = run or load.run, inputs or load.inputs
     within = tigon.batch_invariant if invariant else contextlib.nullcontext
     if mode == "forward":
 
@@ -105,21 +113,26 @@ def call_of(
         return forward
     leaves = {k: t.detach().requires_grad_(t.is_floating_point()) for k, t in inputs.items()}
     wanted = [t for t in leaves.values() if t.requires_grad]
-    with torch.no_grad(), within():
-        grad = torch.randn_like(run(leaves)[0])
+
+    def outputs() -> list[Tensor]:
+        named = zip(load.outputs, run(leaves))
+        return [t for name, t in named if t.requires_grad and not name.startswith("final_state")]
+
+    with within():
+        grads = [torch.randn_like(t) for t in outputs()]
     if mode == "backward":
         with within():
-            out = run(leaves)[0]
+            kept = outputs()
 
         def backward():
             with within():
-                return torch.autograd.grad(out, wanted, grad, retain_graph=True)
+                return torch.autograd.grad(kept, wanted, grads, retain_graph=True)
 
         return backward
 
     def step():
         with within():
-            return torch.autograd.grad(run(leaves)[0], wanted, grad)
+            return torch.autograd.grad(outputs(), wanted, grads)
 
     return step
 
@@ -134,7 +147,7 @@ def turns(
     inputs += [
         {k: t.detach().clone() for k, t in workload.inputs.items()} for _ in range(number - 1)
     ]
-    return [call_of(run, given, settings.mode, invariant) for given in inputs]
+    return [call_of(workload, settings.mode, run, given, invariant) for given in inputs]
 
 
 def run_case(

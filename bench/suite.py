@@ -152,7 +152,7 @@ def measure(
     wrong = [row.name for row in verify(gated, backward=mode != "forward") if not row.ok]
     assert not wrong, f"{op} {variant}: wrong {', '.join(wrong)}; no time is taken of it"
     load = workloads.make(op, wanted, dtype, device.name, variant=variant or None)
-    call = call_of(load.run, load.inputs, mode)
+    call = call_of(load, mode)
     batch = Batch(call, device, calls_a_batch(call, device, benchmark._timer))
     benchmark.pedantic(batch, rounds=10, iterations=1, warmup_rounds=1)
     info = {**facts(op, variant, mode, load), "device": device.name, "calls": batch.calls}

@@ -1,11 +1,12 @@
 """Run every op once, on all cores, so that Triton's and CuPy's caches on disk hold the kernels.
 
     python -m tigon.bench.warm [--ops OP …] [--device cuda] [--dtypes bfloat16 …] [--sizes small|default|both]
-                               [--jobs N] [--budget SECONDS] [--json FILE]
+                               [--peers] [--jobs N] [--budget SECONDS] [--json FILE]
 
-Forward and, where there is one, backward of every variant; bf16 first. Processes are started afresh, as a CUDA context
-does not survive a fork; one that dies takes one workload with it. What does not fit beside the others is tried again
-alone. Failures are listed and do not fail the command. Without a GPU: --device cpu, which runs the reference.
+Forward and, where there is one, backward of every variant; bf16 first. --peers: also the other packages that
+`tigon bench --preset nemotron-3-super` would call, some of which compile for long. Processes are started afresh, as a
+CUDA context does not survive a fork; one that dies takes one workload with it. What does not fit beside the others is
+tried again alone. Failures are listed and do not fail the command. Without a GPU: --device cpu, for the reference.
 """
 
 import argparse
@@ -19,12 +20,13 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
+PRESET = "nemotron-3-super"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One workload: the registry's sizes ("default") or those of `tigon check` ("small")."""
+    """One workload: the registry's sizes ("default"), those of `tigon check` ("small"), or, by the peers, a model's."""
 
     op: str
     variant: str
@@ -35,17 +37,18 @@ class Task:
         return " ".join(filter(None, (self.op, self.variant, self.dtype, self.sizes)))
 
 
-def tasks(ops: list[str], dtypes: list[str], sizes: list[str]) -> list[Task]:
-    """bf16 before the others, real sizes before small ones."""
+def tasks(ops: list[str], dtypes: list[str], sizes: list[str], peers: bool = False) -> list[Task]:
+    """bf16 before the others, real sizes before small ones; peers after the first of these."""
     from tigon.bench.variants import variants
 
-    return [
-        Task(op, variant, dtype, size)
+    found = [
+        [Task(op, variant, dtype, size) for op in ops for variant in variants(op)]
         for dtype in dtypes
         for size in sizes
-        for op in ops
-        for variant in variants(op)
     ]
+    if peers:
+        found.insert(1, [Task(op, "", dtypes[0], "peers") for op in ops])
+    return [task for group in found for task in group]
 
 
 def run(task: Task, device: str) -> None:
@@ -55,6 +58,8 @@ def run(task: Task, device: str) -> None:
     from tigon.bench import workloads
     from tigon.registry import OPS
 
+    if task.sizes == "peers":
+        return run_peers(task, device)
     sizes = OPS[task.op].sizes if task.sizes == "default" else workloads.SMALL[task.op]
     work = workloads.make(
         task.op, sizes, getattr(torch, task.dtype), device, variant=task.variant or None
@@ -67,6 +72,23 @@ def run(task: Task, device: str) -> None:
         out.backward(torch.ones_like(out))
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def run_peers(task: Task, device: str) -> None:
+    """Forward and training step of each peer that is here; what fails is told by the benchmark, not here."""
+    import torch
+
+    from tigon.bench import presets, workloads
+    from tigon.bench.peers import find
+    from tigon.bench.run import call_of
+
+    sizes = presets.sizes(task.op, PRESET, device)
+    work = workloads.make(task.op, sizes, getattr(torch, task.dtype), device)
+    ready, _ = find.find(work, ["auto"], device)
+    for peer in ready.values():
+        for mode in ("forward", "step") if work.differentiable else ("forward",):
+            with suppress(Exception):
+                call_of(work, mode, peer)()
 
 
 def worker(pipe, device: str) -> None:
@@ -194,13 +216,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--sizes", choices=("small", "default", "both"))
+    parser.add_argument("--peers", action="store_true", help="other packages too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--budget", type=float, default=600.0, help="seconds")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     sizes = args.sizes or ("both" if args.device == "cuda" else "small")
     which = ["default", "small"] if sizes == "both" else [sizes]
-    found = warmed(tasks(args.ops, args.dtypes, which), args.device, args.jobs, args.budget)
+    found = warmed(
+        tasks(args.ops, args.dtypes, which, args.peers), args.device, args.jobs, args.budget
+    )
     for name, error in found["failures"].items():
         print(f"{name}: {error}")
     print(

@@ -35,11 +35,10 @@ from pathlib import Path
 
 import boxes
 from measure import bench
+from prepare import build, warm
 from sanitizer import sanitize
 from stage import Failed, OutOfTime, Skipped, Stage
 from suite import test
-
-from build import build, warm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = {"build": build, "warm": warm, "test": test, "sanitize": sanitize, "bench": bench}

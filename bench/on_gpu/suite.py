@@ -7,8 +7,8 @@ from pathlib import Path
 
 from stage import Failed, OutOfTime, Stage, interpreter
 
-# They compile for other machines, build on the host, or start this script.
-NO_GPU = ("codegen", "csrc", "packaging", "examples", "bench/test_on_gpu.py")
+# They compile for other machines, build on the host, read pages, or start this script.
+NO_GPU = ("codegen", "csrc", "packaging", "examples", "docs", "bench/test_on_gpu.py")
 
 
 def test(stage: Stage) -> str:

@@ -9,6 +9,7 @@ from tigon.bench.roof import Roof
 from tigon.bench.run import Result, Settings, flags
 from tigon.bench.timing import Timing
 from tigon.bench.workloads import SMALL, make
+from tigon.registry import PUBLIC
 
 ONE = Settings(peers=["none"], repeat=1, memory=False)
 
@@ -50,7 +51,7 @@ def test_modes_time_the_forward_the_gradients_alone_and_both():
         return load.run(inputs)
 
     for mode, expected in (("forward", 2), ("backward", 0), ("step", 2)):
-        call = run.call_of(counted, load.inputs, mode)
+        call = run.call_of(load, mode, counted)
         forwards.clear()
         first, again = call(), call()
         assert len(forwards) == expected, mode
@@ -59,12 +60,20 @@ def test_modes_time_the_forward_the_gradients_alone_and_both():
             assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
+@pytest.mark.parametrize("op", [op.name for op in PUBLIC.values() if op.backward])
+def test_every_op_with_a_backward_has_a_step_though_its_first_output_be_integers(op):
+    load = make(op, SMALL[op], torch.float32)
+    for mode in ("backward", "step"):
+        gradients = run.call_of(load, mode)()
+        assert all(g.any() for g in gradients)
+
+
 def test_gradients_of_both_modes_are_the_same():
     load = make("ssd_scan", SMALL["ssd_scan"], torch.float32)
     torch.manual_seed(0)
-    alone = run.call_of(load.run, load.inputs, "backward")()
+    alone = run.call_of(load, "backward")()
     torch.manual_seed(0)
-    step = run.call_of(load.run, load.inputs, "step")()
+    step = run.call_of(load, "step")()
     assert all(torch.equal(a, b) for a, b in zip(alone, step))
 
 

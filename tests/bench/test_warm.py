@@ -3,6 +3,7 @@
 import time
 
 from tigon.bench import warm
+from tigon.bench.peers import find
 from tigon.bench.warm import Task
 
 DEADLY = """
@@ -58,6 +59,23 @@ def test_bf16_at_real_sizes_comes_first():
     found = warm.tasks(["rms_norm", "sample"], ["bfloat16", "float32"], ["default", "small"])
     assert len(found) == 2 * 2 * (1 + 3)
     assert {(t.dtype, t.sizes) for t in found[:4]} == {("bfloat16", "default")}
+    with_peers = warm.tasks(["rms_norm", "sample"], ["bfloat16"], ["default", "small"], peers=True)
+    assert [t.sizes for t in with_peers] == ["default"] * 4 + ["peers"] * 2 + ["small"] * 4
+
+
+def test_peers_are_called_as_the_benchmark_will_and_may_fail(monkeypatch):
+    calls = []
+
+    def twin(inputs):
+        calls.append((inputs["x"].requires_grad, inputs["x"].shape[-1]))
+        return (inputs["x"] * inputs["weight"],)
+
+    def fails(inputs):
+        raise RuntimeError("no such chip")
+
+    monkeypatch.setattr(find, "find", lambda *_: ({"fails": fails, "twin": twin}, {}))
+    warm.run(Task("rms_norm", "", "bfloat16", "peers"), "cpu")
+    assert {grad for grad, _ in calls} == {True, False} and {d for _, d in calls} == {4096}
 
 
 def test_an_op_that_raises_is_listed(monkeypatch):

@@ -228,6 +228,13 @@ def test_an_op_without_backward_and_a_wrong_size_are_usage_errors(tigon_command)
     assert tigon_command("tune", "rms_norm", "--shape", "x=3", "--dry-run")[0] == 1
 
 
+def test_tiles_that_no_register_file_holds_are_pruned():
+    """fp32 sums of 256 x 256 are 512 registers a thread of 4 warps."""
+    (kernel,) = tune_space.kernels("scaled_mm", 90, CALLS["scaled_mm"] | {"m": 8192})
+    assert kernel.pruned["too large for the registers"]
+    assert all(c["left"] * c["right"] <= 192 * 32 * c["warps"] for c in kernel.candidates)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("op", CALLS)
 def test_every_kernel_has_candidates_that_a_table_may_hold(op, arch):

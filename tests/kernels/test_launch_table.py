@@ -6,6 +6,7 @@ import json
 from dataclasses import fields
 
 import pytest
+import torch
 
 import tigon
 from tigon.kernels import launch, launch_gemm, launch_moe, launch_table, launch_tokens
@@ -118,6 +119,20 @@ def test_k_is_not_summed_twice_where_a_row_widens_its_blocks(table):
     assert after.split_k % 128 == 0 and after.split_k * after.splits >= 2688
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a tile that no register file holds")
+def test_a_segment_past_the_end_of_k_adds_nothing():
+    """Blocks of 512 make four segments of 640 into four of 1024, of which the last is empty."""
+    x, w = torch.randn(4, 2096), tigon.quantize_nvfp4(torch.randn(16, 2096))
+    with tigon.backend("kernel"), launch.observe() as seen:
+        expected = tigon.scaled_mm(x, w, out_dtype=torch.float32)
+        ((op, arch, sizes),) = seen
+        with launch.override(op, {"multiply": {"block_k": 512}}):
+            config = launch.plan(op, arch, **sizes)["multiply"]
+            got = tigon.scaled_mm(x, w, out_dtype=torch.float32)
+    assert config.split_k * (config.splits - 1) >= 2096
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_segments_hold_whole_chunks(table):
     table(ROW | {"config": {"segment": 320, "q": 128}})
     assert walk().segment == 384
@@ -135,8 +150,6 @@ def test_explain_and_print_config_name_the_row(table, monkeypatch, capsys, tigon
 
 @pytest.fixture
 def tigon_scan():
-    import torch
-
     from tigon.bench import workloads
 
     sizes = {"b": 1, "l": 8192, "h": 128, "p": 64, "g": 8, "n": 128}

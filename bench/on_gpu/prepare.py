@@ -89,6 +89,8 @@ def warm(stage: Stage) -> str:
     command = ["-m", "tigon.bench.warm", "--device", stage.device, "--budget", f"{budget:.0f}"]
     command += ["--jobs", stage.workers(16), "--json", file]
     command += ["--ops", *os.environ["OPS"].split()] if os.environ.get("OPS") else []
+    # Before the benchmark, compilation of other packages' code is no waste of its time either.
+    command += ["--peers"] if stage.device == "cuda" else []
     code = stage.call(interpreter(stage), *command)
     with suppress(OSError, ValueError):
         stage.facts |= json.loads(file.read_text())
