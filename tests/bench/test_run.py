@@ -1,5 +1,7 @@
 """One case: what is timed in each mode, and what a reader is warned of."""
 
+import time
+
 import pytest
 import torch
 
@@ -95,6 +97,27 @@ def test_a_peer_with_random_numbers_has_no_error_and_no_warning(monkeypatch):
     monkeypatch.setattr(find, "find", lambda *_: (dice, {}))
     case = run.run_case("rms_norm", SMALL["rms_norm"], torch.float32, "cpu", ONE)
     assert [(r.name, r.error, r.flags) for r in case.results][1] == ("dice", None, ())
+
+
+def test_a_peer_that_takes_seconds_a_call_is_told_and_not_timed(monkeypatch):
+    """Such as a loop over 512 experts, whose gradients torch writes whole for each of them."""
+    calls = []
+
+    def crawls(inputs):
+        calls.append(time.sleep(0.05))
+        return (inputs["x"],)
+
+    monkeypatch.setattr(find, "find", lambda *_: ({"crawls": crawls}, {}))
+    monkeypatch.setitem(run.SLOW, "cpu", 0.02)
+    case = run.run_case("rms_norm", SMALL["rms_norm"], torch.float32, "cpu", ONE)
+    assert [r.name for r in case.results] == ["tigon"] and len(calls) == 3
+    assert case.missing["crawls"].startswith("too slow to be timed: 0.1 s")
+
+
+def test_clocks_are_those_of_the_device_that_is_timed(monkeypatch):
+    monkeypatch.setattr(run, "clocks", lambda: {"sm_mhz": 1})
+    case = run.run_case("rms_norm", SMALL["rms_norm"], torch.float32, "cpu", ONE)
+    assert case.clocks is None  # though the machine has a GPU
 
 
 def test_the_roof_is_that_of_the_operands():
