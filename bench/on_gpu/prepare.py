@@ -86,7 +86,7 @@ def warm(stage: Stage) -> str:
     """Every op's kernels compiled once, by all cores."""
     file = stage.folder / "warm.json"
     file.unlink(missing_ok=True)
-    budget = max(stage.left() - 5, 1)
+    budget = max(stage.left() - 8, 1)
     command = ["-m", "tigon.bench.warm", "--device", stage.device, "--budget", f"{budget:.0f}"]
     command += ["--jobs", stage.workers(16), "--json", file]
     command += ["--ops", *os.environ["OPS"].split()] if os.environ.get("OPS") else []
