@@ -20,7 +20,7 @@ def measure(monkeypatch):
     import measure
 
     yield measure
-    for name in ("measure", "stage", "boxes"):
+    for name in ("measure", "suite", "stage", "boxes"):
         sys.modules.pop(name, None)
 
 
@@ -92,6 +92,12 @@ def test_what_was_cut_off_is_gone_on_with(measure, tmp_path):
     assert run(measure, Short({"c": "hang"}), tmp_path) == ({}, ["c", "d"])
     again = Tigon()
     assert run(measure, again, tmp_path) == ({}, []) and again.calls == ["cd"]
+
+
+def test_what_is_left_out_of_the_tests_exists(measure):
+    import suite
+
+    assert [name for name in suite.NO_GPU if not (ROOT / "tests" / name).exists()] == []
 
 
 def test_a_case_that_was_measured_twice_keeps_more_peers(measure, tmp_path):
