@@ -12,6 +12,7 @@ from stage import Failed, OutOfTime, Stage, interpreter, venv
 # torch.compile takes longer than all else, so its turn is among the extras.
 BENCH = "--preset nemotron-3-super --peers auto,no-torch_compiled --time-budget 0.6"
 CASE = 50  # seconds in which the next case must end; a process starts, and measures the roof, before its first
+BARE = ("--peers", "none")
 LEAST = 15  # seconds in which something can still be measured
 
 
@@ -80,6 +81,8 @@ def bench(stage: Stage) -> str:
     stage.facts |= {"cases": count, "failed": bad, "not_run": late + over, "arguments": arguments}
     note = f"{count} cases"
     note += f"; failed: {', '.join(f'{op} ({why})' for op, why in bad.items())}" if bad else ""
+    if alone := stage.facts.get("without_peers"):
+        note += f"; without peers: {', '.join(alone)}"
     note += f"; not run: {', '.join(late)}" if late else ""
     note += f"; no time for {len(over)} extras" if over else ""
     if bad:
@@ -92,26 +95,37 @@ def bench(stage: Stage) -> str:
 def run(
     stage: Stage, job: Job, parts: Path, arguments: list[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """(why ops failed, ops for which there was no time). What an earlier call has measured is not measured again."""
+    """(why ops failed, ops for which there was no time). What an earlier call has measured is not measured again.
+
+    An op without a result after which the process went on has failed. One at which it ended, or after which nothing
+    came, is tried alone, as an illegal address of another may be the reason, and then without peers, as may they.
+    """
     before = job.finished(parts)
-    left, bad, alone = [op for op in job.ops if op not in before], {}, False
+    left, bad, how = [op for op in job.ops if op not in before], {}, "all"
     while left and stage.left() >= LEAST * (2 if job.extra else 1):
-        now = left[:1] if alone else left
-        code, cases = measure(stage, job, now, parts, arguments)
+        now = left if how == "all" else left[:1]
+        code, cases = measure(
+            stage, job, now, parts, [*arguments, *job.extra, *BARE * (how == "bare")]
+        )
         wrong = {case["case"]["op"] for case in cases if not case["check"]["ok"]}
         bad |= {f"{op} {job}": "wrong result" for op in sorted(wrong)}
         seen = {case["case"]["op"] for case in cases}
-        missing = [op for op in now if op not in seen]
-        left = [op for op in left if op not in seen]
-        if not missing or (code is None and stage.left() < LEAST):
-            alone = False
-        elif code is None or len(now) == 1:
+        last = max((i for i, op in enumerate(now) if op in seen), default=-1)
+        failed = [op for op in now[:last] if op not in seen]
+        bad |= {f"{op} {job}": "no result: see the log" for op in failed}
+        left = [op for op in left if op not in seen and op not in failed]
+        if last == len(now) - 1:
+            if how == "bare":
+                stage.facts.setdefault("without_peers", []).append(f"{now[0]} {job}")
+            how = "all"
+        elif code is None and stage.left() < LEAST:
+            break
+        elif how == "bare":
             why = "too slow" if code is None else f"exit code {code}: see the log"
-            bad[f"{missing[0]} {job}"] = why
-            left.remove(missing[0])
-            alone = False
-        else:  # after an error of one op a process may fail for all that follow
-            alone = True
+            bad[f"{left.pop(0)} {job}"] = why
+            how = "all"
+        else:
+            how = "bare" if code is None or len(now) == 1 else "alone"
     return bad, left
 
 
@@ -121,9 +135,9 @@ def measure(
     """(the exit code of `tigon bench`, None if it was too slow; the cases that it has measured)."""
     file = parts / f"{job.stem}_{len(job.files(parts)):03}.json"
     command = ["bench", *ops, "--mode", job.mode, "--device", stage.device, "--json", file]
-    code = None
+    code, box = None, CASE * (2 if job.extra else 1)  # extras compile
     with suppress(OutOfTime):
-        code = stage.tigon(*command, *arguments, *job.extra, box=CASE, watch=file)
+        code = stage.tigon(*command, *arguments, box=box, watch=file)
     return code, cases_of(file)
 
 

@@ -71,7 +71,8 @@ class Stage:
 
     def environment(self) -> dict[str, str]:
         quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
-        return {**os.environ, "PYTHONUNBUFFERED": "1", **quiet}
+        # Without a network transformers would wait for one.
+        return {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONUNBUFFERED": "1", **quiet}
 
     def says(self, *command: object) -> str | None:
         """What a command prints, None if it fails."""

@@ -25,12 +25,13 @@ def measure(monkeypatch):
 
 
 class Tigon:
-    """A stage whose `tigon bench` does with each op what `fates` says: crash, hang, wrong or (else) right."""
+    """A stage whose `tigon bench` does with each op what `fates` says: crash, hang, fails, wrong or (else) right;
+    "peer hangs" or "peer crashes" where peers run."""
 
     device = "cuda"
 
     def __init__(self, fates=None, seconds=1000.0):
-        self.fates, self.seconds, self.calls = fates or {}, seconds, []
+        self.fates, self.seconds, self.calls, self.facts = fates or {}, seconds, [], {}
 
     def left(self):
         return self.seconds
@@ -38,13 +39,19 @@ class Tigon:
     def tigon(self, command, *arguments, box, watch):
         assert command == "bench"
         ops = [name for name in arguments if name in OPS]
-        self.calls.append("".join(ops))
+        bare = "none" in arguments
+        self.calls.append("".join(ops) + "!" * bare)
         file, cases, code, poisoned = arguments[arguments.index("--json") + 1], [], 0, False
         assert file == watch
         for op in ops:
             fate = self.fates.get(op, "right")
+            if fate.startswith("peer"):
+                fate = "right" if bare else {"hangs": "hang", "crashes": "crash"}[fate.split()[1]]
             if fate == "hang":
                 return None
+            if fate == "fails":
+                code = 4
+                continue
             if poisoned or fate == "crash":  # as after an illegal address
                 poisoned, code = True, 4
                 continue
@@ -64,14 +71,28 @@ def test_a_crash_costs_its_op_and_not_those_after_it(measure, tmp_path):
     stage = Tigon({"b": "crash"})
     bad, left = run(measure, stage, tmp_path)
     assert bad == {"b forward": "exit code 4: see the log"} and left == []
-    assert stage.calls == ["abcd", "b", "cd"]
+    assert stage.calls == ["abcd", "b", "b!", "cd"]
     assert measure.join(tmp_path, tmp_path / "bench") == 3
 
 
 def test_a_hang_costs_its_op(measure, tmp_path):
     stage = Tigon({"c": "hang"})
     bad, left = run(measure, stage, tmp_path)
-    assert bad == {"c forward": "too slow"} and left == [] and stage.calls == ["abcd", "d"]
+    assert bad == {"c forward": "too slow"} and left == [] and stage.calls == ["abcd", "c!", "d"]
+
+
+@pytest.mark.parametrize("fate, calls", [("peer hangs", "b!"), ("peer crashes", "b b!")])
+def test_a_peer_that_hangs_or_crashes_does_not_cost_the_op(measure, tmp_path, fate, calls):
+    stage = Tigon({"b": fate})
+    assert run(measure, stage, tmp_path) == ({}, [])
+    assert stage.calls == ["abcd", *calls.split(), "cd"]
+    assert stage.facts["without_peers"] == ["b forward"]
+
+
+def test_an_error_after_which_others_go_on_is_not_tried_again(measure, tmp_path):
+    stage = Tigon({"b": "fails", "c": "fails"})
+    bad, left = run(measure, stage, tmp_path)
+    assert list(bad) == ["b forward", "c forward"] and left == [] and stage.calls == ["abcd"]
 
 
 def test_a_wrong_result_is_told_and_measured_anew_by_the_next_call_alone(measure, tmp_path):
