@@ -26,7 +26,7 @@ def flags_of(own, *peers):
 
 def test_more_than_the_roof_is_suspect():
     assert flags_of(result(share=1.3)) == ["suspect: 130% of the roof"]
-    assert flags_of(result(share=1.0)) == []
+    assert flags_of(result(share=1.05)) == []  # reads alone are faster than a copy
 
 
 def test_ten_times_a_peer_is_suspect_and_names_the_peer():
