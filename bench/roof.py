@@ -119,7 +119,10 @@ def _gemm(device: str, dtype: torch.dtype) -> float | None:
                 return None
             one = torch.ones((), device=device)
             seconds = _fastest(
-                lambda: torch._scaled_mm(a, a.t(), one, one, out_dtype=torch.bfloat16), device
+                lambda: torch._scaled_mm(
+                    a, a.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True
+                ),
+                device,
             )
         else:
             seconds = _fastest(lambda: a @ a, device)

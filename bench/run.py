@@ -19,6 +19,7 @@ GATE_FLOPS = {"cpu": 4e10, "cuda": 2e13}  # of the fp64 oracle, about ten second
 GATE_BYTES = {"cpu": 2e9, "cuda": 2e10}
 PEER_LIMIT = 0.05  # error of a peer; beyond it computes something else
 SUSPECT = 10.0  # times faster than a peer: rather a mistake than a triumph
+SLOW = {"cpu": 60.0, "cuda": 1.0}  # seconds a call, beyond which a peer is not timed
 LAUNCH_SECONDS = 20e-6  # shorter calls are timed by how fast Python can launch them
 INVARIANT = "tigon, batch-invariant"
 
@@ -191,6 +192,9 @@ def run_case(
             errors[name] = peer_error(gated, run, exact)
             peer = turns(timed[name], workload, settings, device)
             peer[0]()
+            if (seconds := timing.sample(peer, 1, device)) > SLOW[device]:
+                missing[name] = f"too slow to be timed: {seconds:.1f} s a call"
+                continue
             if settings.graph:
                 timing.graphed(peer, len(peer))
             calls[name] = peer
@@ -198,11 +202,14 @@ def run_case(
             missing[name] = (
                 f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             )
-    before = clocks()
+        if name in missing and device == "cuda":
+            peer = None
+            torch.cuda.empty_cache()  # others need it, also what allocates without torch
+    before = clocks() if device == "cuda" else None
     times = timing.measure(
         calls, device, settings.repeat, settings.budget, settings.clock, settings.graph
     )
-    after = clocks()
+    after = clocks() if device == "cuda" else None
     results = [
         Result(
             name,

@@ -97,6 +97,7 @@ def calibrated(turns: Calls, device: str) -> int:
 
 def graphed(turns: Calls, times: int) -> Callable[[], None]:
     """The replay of a CUDA graph of `times` calls in turn. RuntimeError where a call cannot be captured."""
+    here = torch.cuda.current_stream()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -105,10 +106,25 @@ def graphed(turns: Calls, times: int) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     turn = itertools.cycle(turns)
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            next(turn)()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(times):
+                next(turn)()
+    except Exception:
+        _forget_capture(here)
+        raise
     return graph.replay
+
+
+def _forget_capture(here: torch.cuda.Stream) -> None:
+    """After a capture that failed: torch leaves its stream the current one, and its generator of random numbers as if
+    it went on, so that every later draw would fail. A capture that ends ends that too."""
+    torch.cuda.set_stream(here)
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device="cuda")
+    torch.cuda.set_stream(here)
 
 
 def _heated(calls: Mapping[str, Calls]) -> None:

@@ -5,8 +5,9 @@
 
 Forward and, where there is one, backward of every variant; bf16 first. --peers: also the other packages that
 `tigon bench --preset nemotron-3-super` would call, some of which compile for long. Processes are started afresh, as a
-CUDA context does not survive a fork; one that dies takes one workload with it. What does not fit beside the others is
-tried again alone. Failures are listed and do not fail the command. Without a GPU: --device cpu, for the reference.
+CUDA context does not survive a fork; one that dies takes one workload with it. As many run at once as the GPU's memory
+holds; what does not fit beside the others all the same is tried again alone. Failures are listed and do not fail the
+command. Without a GPU: --device cpu, for the reference.
 """
 
 import argparse
@@ -22,6 +23,18 @@ from pathlib import Path
 
 PRESET = "nemotron-3-super"
 DTYPES = ("bfloat16", "float16", "float32")
+# Peers that compile nothing; some of them take tens of gigabytes.
+EAGER = (
+    "transformers",
+    "transformers_grouped_mm",
+    "torch_eager",
+    "torch_scaled_mm",
+    "torch_grouped_mm",
+    "modelopt",
+)
+CONTEXT = 0.6e9  # bytes that a process takes before it does anything
+DRAWN = 1.5  # times the bytes that an op moves: inputs are drawn in fp32, gradients stay
+FULL = ("out of memory", "alloc_failed", "alloc failed")  # what CUDA, cuBLAS and drivers say
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ def run(task: Task, device: str) -> None:
 
 
 def run_peers(task: Task, device: str) -> None:
-    """Forward and training step of each peer that is here; what fails is told by the benchmark, not here."""
+    """Forward and training step of each peer that compiles; what fails is told by the benchmark, not here."""
     import torch
 
     from tigon.bench import presets, workloads
@@ -84,7 +97,7 @@ def run_peers(task: Task, device: str) -> None:
 
     sizes = presets.sizes(task.op, PRESET, device)
     work = workloads.make(task.op, sizes, getattr(torch, task.dtype), device)
-    ready, _ = find.find(work, ["auto"], device)
+    ready, _ = find.find(work, ["auto", *(f"no_{name}" for name in EAGER)], device)
     for peer in ready.values():
         for mode in ("forward", "step") if work.differentiable else ("forward",):
             with suppress(Exception):
@@ -93,6 +106,8 @@ def run_peers(task: Task, device: str) -> None:
 
 def worker(pipe, device: str) -> None:
     """Runs what comes through the pipe; ends after an error that a CUDA context does not survive."""
+    # Inductor's own processes, as many as there are cores, would be as many for each of ours.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     import torch
 
     torch.set_num_threads(1)
@@ -100,10 +115,8 @@ def worker(pipe, device: str) -> None:
         error, dead = None, False
         try:
             run(task, device)
-        except torch.OutOfMemoryError:
-            error = "out of memory"
         except Exception as failure:  # whatever an op raises is listed
-            error = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
+            error = said(failure)
         if device == "cuda":
             try:
                 torch.cuda.synchronize()
@@ -115,13 +128,41 @@ def worker(pipe, device: str) -> None:
             return
 
 
-class Pool:
-    """Processes that each have one task in hand."""
+def said(failure: Exception) -> str:
+    """One line; "out of memory" whoever says so: torch, a library, or the driver at the start of a process."""
+    text = str(failure)
+    if any(words in text.lower() for words in FULL):
+        return "out of memory"
+    return f"{type(failure).__name__}: {(text.splitlines() or [''])[0]}"
 
-    def __init__(self, jobs: int, device: str):
+
+def needs(task: Task) -> float:
+    """Bytes of the device's memory that a task takes at most, roughly."""
+    from tigon.bench.work import work
+    from tigon.registry import OPS
+
+    if task.sizes == "small" or task.op not in OPS:
+        return 0.0
+    op, size = OPS[task.op], 4 if task.dtype == "float32" else 2
+    mode = "step" if op.backward else "forward"
+    return DRAWN * work(task.op, op.sizes, size, mode, task.variant or None).bytes
+
+
+def room(device: str, jobs: int) -> float:
+    """Bytes for tasks, contexts taken off; without bound where there is no GPU."""
+    from tigon.cli import machine
+
+    gpus = machine.facts()["driver"].get("gpus") if device == "cuda" else None
+    return 0.9 * gpus[0]["memory_gib"] * 2**30 - jobs * CONTEXT if gpus else float("inf")
+
+
+class Pool:
+    """Processes that each have one task in hand. room: bytes that tasks may need together."""
+
+    def __init__(self, jobs: int, device: str, room: float = float("inf")):
         self.context = multiprocessing.get_context("spawn")
         self.device = device
-        self.jobs = jobs
+        self.jobs, self.room = jobs, room
         self.idle: list = []
         self.busy: dict = {}  # pipe: (process, task)
         self.done = 0
@@ -138,9 +179,9 @@ class Pool:
         """What did not get its turn before the deadline."""
         todo = list(todo)
         while (todo or self.busy) and time.monotonic() < deadline:
-            while todo and len(self.busy) < self.jobs:
+            while len(self.busy) < self.jobs and (task := self.next(todo)):
                 pipe, process = self.idle.pop() if self.idle else self.start()
-                task = todo.pop(0)
+                todo.remove(task)
                 try:
                     pipe.send(task)
                 except OSError:  # it died while it had nothing to do
@@ -152,6 +193,12 @@ class Pool:
         late = [task for _, task in self.busy.values()] + todo
         self.close()
         return late
+
+    def next(self, todo: list[Task]) -> Task | None:
+        """The first task that fits beside those under way; alone each of them does."""
+        left = self.room - sum(needs(task) for _, task in self.busy.values())
+        fits = (task for task in todo if not self.busy or needs(task) <= left)
+        return next(fits, None)
 
     def answer(self, pipe) -> None:
         process, task = self.busy.pop(pipe)
@@ -187,7 +234,8 @@ class Pool:
 def warmed(todo: list[Task], device: str, jobs: int, budget: float) -> dict:
     """Run `todo`; {"done", "failures" by task, "left" (number), "seconds"}."""
     begin = time.monotonic()
-    pool = Pool(min(jobs, len(todo)), device)
+    jobs = max(1, min(jobs, len(todo)))
+    pool = Pool(jobs, device, room(device, jobs))
     late = pool.run(todo, begin + budget)
     crowded = [task for task in todo if pool.failures.get(str(task)) == "out of memory"]
     if crowded and not late:

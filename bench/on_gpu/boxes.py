@@ -37,9 +37,18 @@ def descendants(of: int) -> list[int]:
 
 
 def run(
-    command: Sequence[str], log: BinaryIO, box: float, env: Mapping[str, str], cwd: Path
+    command: Sequence[str],
+    log: BinaryIO,
+    box: float,
+    env: Mapping[str, str],
+    cwd: Path,
+    watch: Path | None = None,
+    limit: float = float("inf"),
 ) -> int | None:
-    """The exit code, or None if the box was over; output goes to `log`."""
+    """The exit code, or None if the box was over; output goes to `log`.
+
+    watch: a file. Each time that it changes the box begins anew, until `limit` seconds are over.
+    """
     if _stopped:
         return None
     process = subprocess.Popen(
@@ -51,14 +60,28 @@ def run(
         env=env,
         start_new_session=True,
     )
+    begin, seen = time.monotonic(), _stamp(watch)
+    deadline = begin + min(box, limit)
     try:
-        return process.wait(timeout=max(box, 0.1))
-    except subprocess.TimeoutExpired:
-        return None
+        while True:
+            left = max(deadline - time.monotonic(), 0.1)
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=min(left, 0.5) if watch else left)
+            if (now := _stamp(watch)) != seen:
+                seen, deadline = now, min(begin + limit, time.monotonic() + box)
+            if time.monotonic() >= deadline:
+                return None
     finally:
         own = [process.pid] if process.poll() is None else []
         end([*own, *descendants(process.pid)], group=process.pid)
         process.wait()
+
+
+def _stamp(file: Path | None) -> int | None:
+    """When the file changed last; None while there is none."""
+    with suppress(OSError):
+        return file.stat().st_mtime_ns if file else None
+    return None
 
 
 def interrupt(number: int, frame: object) -> None:

@@ -3,54 +3,67 @@
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from stage import Failed, OutOfTime, Stage, interpreter, venv
 
-BENCH = "--preset nemotron-3-super --peers auto --time-budget 1"
-START, CASE = 20, 25  # seconds that a process and a case of it may take
-LEAST = 8  # seconds in which something can still be measured
+# torch.compile takes longer than all else, so its turn is among the extras.
+BENCH = "--preset nemotron-3-super --peers auto,no-torch_compiled --time-budget 0.6"
+CASE = 50  # seconds in which the next case must end; a process starts, and measures the roof, before its first
+BARE = ("--peers", "none")
+LEAST = 15  # seconds in which something can still be measured
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process. extra: more arguments; such a job is run for as long as there is time."""
+    """One process, unless something goes wrong. extra: more arguments; such a job is run if there is time."""
 
     mode: str
     ops: tuple[str, ...]
     extra: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return " ".join((*self.ops, self.mode, *self.extra))
+        return " ".join((self.mode, *self.extra))
 
     @property
-    def file(self) -> str:
-        extra = "".join(self.extra).replace("--", "-").strip("-")
-        return f"{extra or 'a'}_{self.ops[0]}_{len(self.ops)}_{self.mode}.json"
+    def stem(self) -> str:
+        return "_".join((*self.extra, self.mode)).replace("--", "")
+
+    def files(self, parts: Path) -> list[Path]:
+        return sorted(parts.glob(f"{self.stem}_[0-9][0-9][0-9].json"))
+
+    def finished(self, parts: Path) -> set[str]:
+        """The ops of which there are right results."""
+        cases = [case for file in self.files(parts) for case in cases_of(file)]
+        return {case["case"]["op"] for case in cases if case["check"]["ok"]}
+
+
+def cases_of(file: Path) -> list[dict]:
+    with suppress(OSError, ValueError):
+        return json.loads(file.read_text())["cases"]
+    return []
 
 
 def jobs(ops: list[dict], extras: bool) -> list[Job]:
-    """A process a family and mode. extras: then the short calls as CUDA graphs, and an op's variants a process."""
-    families: dict[str, list[dict]] = {}
-    for op in ops:
-        families.setdefault(op["family"], []).append(op)
-    plain = {name: tuple(op["op"] for op in found) for name, found in families.items()}
-    train = {
-        name: tuple(op["op"] for op in found if op["backward"] == "yes")
-        for name, found in families.items()
-    }
-    found = [Job("forward", names) for names in plain.values()]
-    found += [Job("step", names) for names in train.values() if names]
+    """A process a mode. extras: then short calls as CUDA graphs, torch.compile beside the others, and all variants."""
+    names = tuple(op["op"] for op in ops)
+    train = tuple(op["op"] for op in ops if op["backward"] == "yes")
+    found = [Job("forward", names), Job("step", train)]
     if extras:
-        short = (tuple(op["op"] for op in f if op["kernel"] == "cuda") for f in families.values())
-        found += [Job("forward", names, ("--graph",)) for names in short if names]
-        found += [Job("forward", (op["op"],), ("--variant", "all")) for op in ops]
-    return found
+        short = tuple(op["op"] for op in ops if op["kernel"] == "cuda")
+        found += [Job("forward", short, ("--graph",))]
+        found += [
+            Job(mode, given, ("--peers", "auto"))
+            for mode, given in (("forward", names), ("step", train))
+        ]
+        found += [Job("forward", names, ("--variant", "all"))]
+    return [job for job in found if job.ops]
 
 
 def bench(stage: Stage) -> str:
-    """A process a family; where one crashes or hangs, one an op, so that it costs one op only."""
+    """A process a mode. Where it ends early another one measures what is missing: first, alone, the op it was at."""
     parts = stage.folder / "bench"
     if stage.again and parts.is_dir():
         shutil.rmtree(parts)
@@ -58,30 +71,18 @@ def bench(stage: Stage) -> str:
     peers(stage)
     given = os.environ.get("BENCH")
     arguments = (BENCH if given is None else given).split()
-    todo = jobs(stage.ops(), extras=given is None and stage.device == "cuda")
     bad, late, over = {}, [], []
-    while todo:
-        job = todo.pop(0)
-        if (parts / job.file).is_file():
-            continue
-        if stage.left() < LEAST * (3 if job.extra else 1):
-            (over if job.extra else late).append(str(job))
-            continue
-        code = measure(stage, job, parts, arguments)
-        if code == 0:
-            continue
-        if (parts / job.file).with_suffix(".part").is_file():
-            bad |= faults(stage, job, parts, code)
-        elif len(job.ops) > 1 and stage.left() > LEAST:
-            todo[:0] = [Job(job.mode, (op,), job.extra) for op in job.ops]
-        elif code is None and stage.left() < LEAST:
-            (over if job.extra else late).append(str(job))
-        else:
-            bad[str(job)] = "too slow" if code is None else f"exit code {code}"
+    for job in jobs(stage.ops(), extras=given is None and stage.device == "cuda"):
+        failed, left = run(stage, job, parts, arguments)
+        bad |= failed
+        if left:
+            (over if job.extra else late).append(f"{job}: {' '.join(left)}")
     count = join(parts, stage.folder / "bench.json")
     stage.facts |= {"cases": count, "failed": bad, "not_run": late + over, "arguments": arguments}
     note = f"{count} cases"
     note += f"; failed: {', '.join(f'{op} ({why})' for op, why in bad.items())}" if bad else ""
+    if alone := stage.facts.get("without_peers"):
+        note += f"; without peers: {', '.join(alone)}"
     note += f"; not run: {', '.join(late)}" if late else ""
     note += f"; no time for {len(over)} extras" if over else ""
     if bad:
@@ -91,30 +92,53 @@ def bench(stage: Stage) -> str:
     return note
 
 
-def measure(stage: Stage, job: Job, parts: Path, arguments: list[str]) -> int | None:
-    """The exit code of `tigon bench`, None if it was too slow; a good record lies in `parts` then."""
-    file = parts / job.file
-    part = file.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    command = ["bench", *job.ops, "--mode", job.mode, "--device", stage.device, "--json", part]
-    box = START + CASE * (3 if job.extra else len(job.ops))
-    try:
-        code = stage.tigon(*command, *job.extra, *arguments, box=box)
-    except OutOfTime:
-        return None
-    if code == 0 and part.is_file():
-        part.replace(file)
-    return code
+def run(
+    stage: Stage, job: Job, parts: Path, arguments: list[str]
+) -> tuple[dict[str, str], list[str]]:
+    """(why ops failed, ops for which there was no time). What an earlier call has measured is not measured again.
+
+    An op without a result after which the process went on has failed. One at which it ended, or after which nothing
+    came, is tried alone, as an illegal address of another may be the reason, and then without peers, as may they.
+    """
+    before = job.finished(parts)
+    left, bad, how = [op for op in job.ops if op not in before], {}, "all"
+    while left and stage.left() >= LEAST * (2 if job.extra else 1):
+        now = left if how == "all" else left[:1]
+        code, cases = measure(
+            stage, job, now, parts, [*arguments, *job.extra, *BARE * (how == "bare")]
+        )
+        wrong = {case["case"]["op"] for case in cases if not case["check"]["ok"]}
+        bad |= {f"{op} {job}": "wrong result" for op in sorted(wrong)}
+        seen = {case["case"]["op"] for case in cases}
+        last = max((i for i, op in enumerate(now) if op in seen), default=-1)
+        failed = [op for op in now[:last] if op not in seen]
+        bad |= {f"{op} {job}": "no result: see the log" for op in failed}
+        left = [op for op in left if op not in seen and op not in failed]
+        if last == len(now) - 1:
+            if how == "bare":
+                stage.facts.setdefault("without_peers", []).append(f"{now[0]} {job}")
+            how = "all"
+        elif code is None and stage.left() < LEAST:
+            break
+        elif how == "bare":
+            why = "too slow" if code is None else f"exit code {code}: see the log"
+            bad[f"{left.pop(0)} {job}"] = why
+            how = "all"
+        else:
+            how = "bare" if code is None or len(now) == 1 else "alone"
+    return bad, left
 
 
-def faults(stage: Stage, job: Job, parts: Path, code: int | None) -> dict[str, str]:
-    """What went wrong in a process that ended by itself. The part is kept for the record, but done again next time."""
-    cases = json.loads((parts / job.file).with_suffix(".part").read_text())["cases"]
-    wrong = {case["case"]["op"] for case in cases if not case["check"]["ok"]}
-    absent = set(job.ops) - {case["case"]["op"] for case in cases}
-    found = {f"{op} {job.mode}": "wrong result" for op in sorted(wrong)}
-    found |= {f"{op} {job.mode}": "no result: see the log" for op in sorted(absent)}
-    return found or {str(job): f"exit code {code}: see the log"}
+def measure(
+    stage: Stage, job: Job, ops: list[str], parts: Path, arguments: list[str]
+) -> tuple[int | None, list[dict]]:
+    """(the exit code of `tigon bench`, None if it was too slow; the cases that it has measured)."""
+    file = parts / f"{job.stem}_{len(job.files(parts)):03}.json"
+    command = ["bench", *ops, "--mode", job.mode, "--device", stage.device, "--json", file]
+    code, box = None, CASE * (2 if job.extra else 1)  # extras compile
+    with suppress(OutOfTime):
+        code = stage.tigon(*command, *arguments, box=box, watch=file)
+    return code, cases_of(file)
 
 
 def peers(stage: Stage) -> None:
@@ -132,15 +156,17 @@ def peers(stage: Stage) -> None:
 
 
 def join(parts: Path, into: Path) -> int:
-    """One record of all parts; the number of its cases. A case that was measured twice is there once."""
-    files = [*sorted(parts.glob("*.part")), *sorted(parts.glob("*.json"))]
+    """One record of all parts; the number of its cases. Of a case that was measured twice the one with more results."""
+    files = sorted(parts.glob("*.json"))
     records, cases = [json.loads(file.read_text()) for file in files], {}
     if not records:
         into.unlink(missing_ok=True)
         return 0
     for record in records:
         for case in record["cases"]:
-            cases[json.dumps(case["case"], sort_keys=True)] = case
+            key = json.dumps(case["case"], sort_keys=True)
+            if key not in cases or len(case["results"]) >= len(cases[key]["results"]):
+                cases[key] = case
     whole = {**records[-1], "command": "bench/on_gpu.sh bench", "cases": list(cases.values())}
     into.write_text(json.dumps(whole, indent=1) + "\n")
     return len(cases)

@@ -48,23 +48,31 @@ class Stage:
         return (self.before or {}).get("status") == "ok"
 
     def call(
-        self, *command: object, box: float = 1e9, log: BinaryIO | None = None, **env: str
+        self,
+        *command: object,
+        box: float = 1e9,
+        watch: Path | None = None,
+        log: BinaryIO | None = None,
+        **env: str,
     ) -> int | None:
-        """The exit code; None if `box` was over. OutOfTime if the stage's own was."""
+        """The exit code; None if `box` was over, which begins anew where the file `watch` changes. OutOfTime if the
+        stage's own was."""
         left = self.left()
         if left <= 0:
             raise OutOfTime("out of time")
         said = log or self.log
         said.write(f"\n$ {shlex.join(map(str, command))}\n".encode())
         said.flush()
-        code = boxes.run(command, said, min(box, left), self.environment() | env, self.root)
+        known = self.environment() | env
+        code = boxes.run(command, said, min(box, left), known, self.root, watch, left)
         if code is None and self.left() <= 0.1:
             raise OutOfTime("out of time")
         return code
 
     def environment(self) -> dict[str, str]:
         quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
-        return {**os.environ, "PYTHONUNBUFFERED": "1", **quiet}
+        # Without a network transformers would wait for one.
+        return {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONUNBUFFERED": "1", **quiet}
 
     def says(self, *command: object) -> str | None:
         """What a command prints, None if it fails."""

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from stage import Failed, OutOfTime, Stage, interpreter
 
-# They compile for other machines, build on the host, read pages, or start this script.
-NO_GPU = ("codegen", "csrc", "packaging", "examples", "docs", "bench/test_on_gpu.py")
+# They compile for other machines, build on the host, read pages, run scripts on a CPU for minutes, or start this one.
+NO_GPU = ("codegen", "csrc", "packaging", "examples", "tutorials", "docs", "bench/test_all.py")
+NO_GPU += ("bench/test_on_gpu.py", "bench/test_on_gpu_measure.py", "bench/test_report_page.py")
 
 
 def test(stage: Stage) -> str:

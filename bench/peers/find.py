@@ -81,15 +81,18 @@ def once(prepare: Callable[[Mapping], object]) -> Callable[[Mapping], object]:
 
 
 def find(work: Workload, wanted: Sequence[str], device: str) -> tuple[dict[str, Callable], dict]:
-    """(callables by name; reasons of those that cannot run, by name). wanted: names, ["auto"] or ["none"]."""
+    """(callables by name; reasons of those that cannot run, by name). wanted: names, ["auto"] or ["none"];
+    "no_" before a name leaves it out, as in ["auto", "no_torch_compiled"]."""
     if "none" in wanted:
         return {}, {}
-    unknown = [name for name in wanted if name not in (*NAMES, "auto")]
+    without = [name.removeprefix("no_") for name in wanted if name.startswith("no_")]
+    wanted = [name for name in wanted if not name.startswith("no_")] or ["auto"]
+    unknown = [name for name in (*wanted, *without) if name not in (*NAMES, "auto")]
     if unknown:
         raise ValueError(f"unknown peer {', '.join(unknown)}; known: {', '.join(NAMES)}")
     names = NAMES if "auto" in wanted else wanted
     ready, missing = {}, {}
-    for name in names:
+    for name in [name for name in names if name not in without]:
         peer = import_module(f"tigon.bench.peers.{name}")
         if work.op not in peer.OPS:
             if name in wanted:

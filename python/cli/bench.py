@@ -5,6 +5,7 @@ op needs; the roof of this machine (a large copy, large products) is measured be
 its share of it. --mode backward times the gradients alone, step forward and backward together.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def add_arguments(parser) -> None:
         "--sweep", type=arguments.sweep, metavar="l=1k,4k", help="smaller sizes too; or auto, none"
     )
     parser.add_argument("--mode", choices=("forward", "backward", "step"), default="forward")
-    parser.add_argument("--peers", default="auto", help="auto, none, or names: transformers,…")
+    parser.add_argument("--peers", default="auto", help="auto, none, names, or auto,no-NAME")
     parser.add_argument("--batch-invariant", action="store_true", help="time that mode too")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     caches = parser.add_mutually_exclusive_group()
@@ -195,13 +196,25 @@ def measure_all(chosen: list[Chosen], args, device: str) -> int:
     }
     several = len({case.op for case in chosen}) > 1
     budget = args.time_budget or BUDGET["several" if several and device == "cpu" else "one"]
-    codes = [
-        guarded(measure, case, args, device, limit, budget, record["cases"]) for case in chosen
-    ]
+    codes = []
+    for case in chosen:
+        codes.append(guarded(measure, case, args, device, limit, budget, record["cases"]))
+        if args.json and record["cases"]:
+            keep(record, args.json)
     for kind in bench_output.FILES:
         if getattr(args, kind) and record["cases"]:
             bench_output.write(kind, record, getattr(args, kind))
     return max(codes)
+
+
+def keep(record: dict, path: Path) -> None:
+    """What there is so far, so that a run that is cut off has left its results; the file is whole at every moment."""
+    from tigon.bench import records
+
+    if not path.exists() or path.is_file():
+        part = path.with_name(path.name + ".new")
+        records.save(record, part)
+        os.replace(part, path)
 
 
 def measure(case: Chosen, args, device: str, limit, budget: float, records: list) -> int:

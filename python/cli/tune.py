@@ -36,6 +36,10 @@ def run(args) -> int:
 
     device = args.device or "cuda"
     codes, several = [cli.OK], len(arguments.ops(args.op)) > 1
+    if args.graph and args.mode == "backward":
+        # Autograd runs a backward on the stream of its forward, which lies outside the capture.
+        print("--graph captures forward or step: gradients alone cannot be captured")
+        return cli.USAGE
     cases = []
     for op in arguments.ops(args.op):
         if OPS[op].kind == "cuda":

@@ -161,6 +161,21 @@ def test_where_nothing_can_be_built_a_link_makes_tigon_importable(on_gpu, tmp_pa
     assert Path(said.stdout.strip()).resolve() == ROOT / "python/__init__.py"
 
 
+def test_where_the_build_is_too_slow_a_link_is_made_in_time(on_gpu, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/make").write_text("#!/bin/sh\nexec sleep 300\n")
+    (tmp_path / "bin/make").chmod(0o755)
+    code, out, record = on_gpu(
+        "build",
+        PYTHON=sys._base_executable,
+        PATH=f"{tmp_path}/bin:{os.environ['PATH']}",
+        VENV=str(tmp_path / "env"),
+        BOX_BUILD="28",
+    )
+    assert code == 0, out
+    assert record["stages"]["build"]["facts"]["how"].startswith("a link")
+
+
 def test_without_a_gpu_it_says_so_and_exits_with_4(on_gpu):
     if shutil.which("nvidia-smi"):
         pytest.skip("this machine has a GPU")

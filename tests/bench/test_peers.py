@@ -231,3 +231,16 @@ def test_an_op_without_plain_torch_is_told():
     assert set(OPS) > TREES
     _, missing = find.find(make("tree_ancestors"), ["torch_eager"], "cpu")
     assert missing == {"torch_eager": "has no tree_ancestors"}
+
+
+def test_an_expert_s_matrix_is_taken_without_a_gradient_of_all_of_them():
+    """Which torch writes for `up[expert]`, one of gigabytes for each of 512 experts."""
+    load = workloads.make("moe_experts", SMALL["moe_experts"], torch.float32)
+    leaves = {k: t.detach().requires_grad_() for k, t in load.inputs.items()}
+    (y,) = find.find(load, ["torch_eager"], "cpu")[0]["torch_eager"](leaves)
+    todo, names = [y.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        names.add(node.name())
+        todo += [after for after, _ in node.next_functions if after is not None]
+    assert "UnbindBackward0" in names and "SelectBackward0" not in names

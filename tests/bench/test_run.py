@@ -1,9 +1,12 @@
 """One case: what is timed in each mode, and what a reader is warned of."""
 
+import time
+
 import pytest
 import torch
 
 from tigon.bench import run, timing
+from tigon.bench.peers import find
 from tigon.bench.roof import Roof
 from tigon.bench.run import Result, Settings, flags
 from tigon.bench.timing import Timing
@@ -23,6 +26,7 @@ def flags_of(own, *peers):
 
 def test_more_than_the_roof_is_suspect():
     assert flags_of(result(share=1.3)) == ["suspect: 130% of the roof"]
+    assert flags_of(result(share=1.02)) == ["suspect: 102% of the roof"]
     assert flags_of(result(share=1.0)) == []
 
 
@@ -85,6 +89,27 @@ def test_cold_calls_take_turns_on_copies(cold, monkeypatch):
         call()
     assert len({t.data_ptr() for t in seen}) == len(calls) == (15 if cold else 1)
     assert all(torch.equal(t, load.inputs["x"]) for t in seen)
+
+
+def test_a_peer_that_takes_seconds_a_call_is_told_and_not_timed(monkeypatch):
+    """Such as a loop over 512 experts, whose gradients torch writes whole for each of them."""
+    calls = []
+
+    def crawls(inputs):
+        calls.append(time.sleep(0.05))
+        return (inputs["x"],)
+
+    monkeypatch.setattr(find, "find", lambda *_: ({"crawls": crawls}, {}))
+    monkeypatch.setitem(run.SLOW, "cpu", 0.02)
+    case = run.run_case("rms_norm", SMALL["rms_norm"], torch.float32, "cpu", ONE)
+    assert [r.name for r in case.results] == ["tigon"] and len(calls) == 3
+    assert case.missing["crawls"].startswith("too slow to be timed: 0.1 s")
+
+
+def test_clocks_are_those_of_the_device_that_is_timed(monkeypatch):
+    monkeypatch.setattr(run, "clocks", lambda: {"sm_mhz": 1})
+    case = run.run_case("rms_norm", SMALL["rms_norm"], torch.float32, "cpu", ONE)
+    assert case.clocks is None  # though the machine has a GPU
 
 
 def test_the_roof_is_that_of_the_operands():

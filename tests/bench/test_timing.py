@@ -1,5 +1,6 @@
 """Timing: turns over copies of the inputs, samples long enough for their clock, CUDA events and graphs."""
 
+import contextlib
 import time
 from types import SimpleNamespace
 
@@ -129,3 +130,43 @@ def test_a_graph_holds_a_sample_of_calls_and_its_time_is_that_of_one(gpu):
     replay = timing.graphed([gpu.call], 4)
     replay()
     assert gpu.launched - launched == 5  # one to warm up, four captured, none replayed
+
+
+def test_after_a_capture_that_fails_torch_is_as_before(gpu, monkeypatch):
+    """torch ends a capture that an error has broken by another error, without going back to the stream before it."""
+    state = SimpleNamespace(current="ours", drawing=True)
+
+    class Capture:
+        def __init__(self, graph):
+            self.before = state.current
+
+        def __enter__(self):
+            state.current, state.drawing = (
+                "capture",
+                False,
+            )  # of random numbers, outside of a capture
+
+        def __exit__(self, *error):
+            if error[0]:
+                raise RuntimeError("capture was invalidated")
+            state.current, state.drawing = self.before, True
+
+    def reads():
+        if state.current == "capture":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda _: None))
+    ours = SimpleNamespace(wait_stream=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: ours)
+
+    def set_stream(stream):
+        assert stream is ours
+        state.current = "ours"
+
+    monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)
+    with pytest.raises(RuntimeError, match="invalidated"):
+        timing.graphed([reads], 3)
+    assert state.current == "ours" and state.drawing

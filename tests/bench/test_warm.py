@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from tigon.bench import warm
 from tigon.bench.peers import find
 from tigon.bench.warm import Task
@@ -55,6 +57,35 @@ def test_what_has_no_time_is_counted_and_nothing_is_left_running(monkeypatch, tm
     assert found["first_left"][0]["op"] == "hangs"
 
 
+def test_as_many_run_at_once_as_memory_holds_and_one_too_large_runs_alone():
+    big, small = Task("moe_experts", "hidden", "bfloat16", "default"), of("rms_norm")[0]
+    need = warm.needs(big)
+    assert 2e10 < need < 4e10 and warm.needs(small) == 0 and warm.needs(of("dies")[0]) == 0
+    assert warm.needs(Task("rms_norm", "", "float32", "default")) < 2e9
+    pool = warm.Pool(4, "cpu", room=1.5 * need)
+    assert pool.next([big, small]) is big
+    pool.busy = {"pipe": (None, big)}
+    assert pool.next([big, small]) is small and pool.next([big]) is None
+    pool.busy = {}
+    pool.room = need / 2
+    assert pool.next([big]) is big
+    assert warm.room("cpu", 4) == float("inf")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: out of memory\nCUDA kernel errors might be",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_whoever_runs_out_of_memory_is_tried_again(said):
+    assert warm.said(RuntimeError(said)) == "out of memory"
+    assert warm.said(ValueError("bad\nworse")) == "ValueError: bad"
+
+
 def test_bf16_at_real_sizes_comes_first():
     found = warm.tasks(["rms_norm", "sample"], ["bfloat16", "float32"], ["default", "small"])
     assert len(found) == 2 * 2 * (1 + 3)
@@ -73,8 +104,16 @@ def test_peers_are_called_as_the_benchmark_will_and_may_fail(monkeypatch):
     def fails(inputs):
         raise RuntimeError("no such chip")
 
-    monkeypatch.setattr(find, "find", lambda *_: ({"fails": fails, "twin": twin}, {}))
+    asked = []
+
+    def found(work, wanted, device):
+        asked.extend(wanted)
+        return {"fails": fails, "twin": twin}, {}
+
+    monkeypatch.setattr(find, "find", found)
     warm.run(Task("rms_norm", "", "bfloat16", "peers"), "cpu")
+    assert "no_transformers" in asked and "no_torch_compiled" not in asked
+    assert {name.removeprefix("no_") for name in asked} <= {"auto", *find.NAMES}
     assert {grad for grad, _ in calls} == {True, False} and {d for _, d in calls} == {4096}
 
 

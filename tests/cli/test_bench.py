@@ -50,6 +50,7 @@ def test_peers_stand_beside_tigon_and_failures_are_told(mode, tigon_command, mon
 
 
 def test_transformers_computes_the_same_scan():
+    pytest.importorskip("transformers", minversion="5.23")
     load = workloads.make("ssd_scan", workloads.SMALL["ssd_scan"], torch.float32)
     ready, missing = find.find(load, ["transformers", "mamba_ssm"], "cpu")
     assert list(missing) == ["mamba_ssm"]
@@ -224,3 +225,21 @@ def test_the_gate_cuts_experts_that_fp64_has_no_room_for():
     assert run.gate_sizes("moe_experts", few, "step", "cuda")["e"] == 256
     small = whole | {"e": 16, "k": 2}
     assert run.gate_sizes("moe_experts", small, "forward", "cuda")["e"] == 16
+
+
+def test_a_run_that_is_cut_off_has_left_its_first_cases(tigon_command, monkeypatch, tmp_path):
+    from tigon.bench import run
+
+    measure, file = run.run_case, tmp_path / "run.json"
+
+    def first_only(op, *rest):
+        if op != "rms_norm":
+            raise KeyboardInterrupt
+        return measure(op, *rest)
+
+    monkeypatch.setattr(run, "run_case", first_only)
+    shape = ("--shape", "t=8,d=64,group_size=64", "--peers", "none", *ONCE)
+    code, _ = tigon_command("bench", "rms_norm", "gated_rms_norm", *shape, "--json", str(file))
+    assert code == 130
+    [case] = json.loads(file.read_text())["cases"]
+    assert case["case"]["op"] == "rms_norm" and case["results"]

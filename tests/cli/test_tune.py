@@ -207,6 +207,11 @@ def test_a_call_that_would_take_the_reference_is_refused(search):
     assert code == 4 and "kernels run on CUDA tensors" in out
 
 
+def test_gradients_alone_are_not_captured(tigon_command):
+    code, out = tigon_command("tune", *TINY, "--mode", "backward", "--graph")
+    assert code == 1 and "gradients alone cannot be captured" in out
+
+
 @pytest.mark.parametrize(("op", "code"), [("ssd_update", 1), ("all", 0)])
 def test_cuda_ops_have_no_table(op, code, tigon_command):
     found, out = tigon_command("tune", op, "--dry-run")

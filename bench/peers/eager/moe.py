@@ -88,6 +88,7 @@ def moe_experts(work: Workload) -> Parts:
         rows, counts = x[order // k], routing.counts.tolist()
         own = weights.flatten()[order][:, None] if early else None
         out = []
+        up, down = up.unbind(), down.unbind()  # up[expert] would have a gradient of all experts
         for expert, first, last in _spans(counts):
             h = act(rows[first:last] @ up[expert].T)
             h = (h * own[first:last]).to(h.dtype) if early else h
