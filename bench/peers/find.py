@@ -86,16 +86,20 @@ def is_random(name: str, op: str) -> bool:
     return name in NAMES and op in getattr(import_module(f"tigon.bench.peers.{name}"), "RANDOM", ())
 
 
+def names(wanted: Sequence[str]) -> Sequence[str]:
+    """The peers that are meant. wanted: names, ["auto"] or ["none"]. ValueError for a name that none has."""
+    unknown = [name for name in wanted if name not in (*NAMES, "auto", "none")]
+    if unknown:
+        raise ValueError(
+            f"unknown peer {', '.join(unknown)}; known: auto, none, {', '.join(NAMES)}"
+        )
+    return () if "none" in wanted else NAMES if "auto" in wanted else wanted
+
+
 def find(work: Workload, wanted: Sequence[str], device: str) -> tuple[dict[str, Callable], dict]:
     """(callables by name; reasons of those that cannot run, by name). wanted: names, ["auto"] or ["none"]."""
-    if "none" in wanted:
-        return {}, {}
-    unknown = [name for name in wanted if name not in (*NAMES, "auto")]
-    if unknown:
-        raise ValueError(f"unknown peer {', '.join(unknown)}; known: {', '.join(NAMES)}")
-    names = NAMES if "auto" in wanted else wanted
     ready, missing = {}, {}
-    for name in names:
+    for name in names(wanted):
         peer = import_module(f"tigon.bench.peers.{name}")
         if work.op not in peer.OPS:
             if name in wanted:

@@ -10,7 +10,14 @@ from tigon.registry import PUBLIC
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("what", nargs="?", choices=tuple(LISTS), default="ops")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=tuple(LISTS),
+        default="ops",
+        help="ops (the default): family, language of the kernel, dtypes, default sizes; presets: sizes of "
+        "published models; peers: what tigon bench compares with, and which of them are installed",
+    )
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
 
 
