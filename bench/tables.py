@@ -176,6 +176,8 @@ def case_rows(found: Mapping, env: Mapping) -> Iterator[tuple[str, ...]]:
         threads += ", CPU time"
     for peer in peers(found):
         faster = speed(own["time"]["median"], peer["time"]["median"])
+        if peer["time"]["median"] > records.SUSPECT * own["time"]["median"]:
+            faster += f" (suspect: over {records.SUSPECT:g}x)"
         less = memory(own["peak"], peer["peak"])
         yield case_text(found["case"]), threads, peer["name"], flagged(faster, peer), less
 
