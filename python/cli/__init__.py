@@ -17,7 +17,10 @@ OK, USAGE, WRONG_RESULT, SLOWER, ENVIRONMENT = range(5)  # exit codes of every s
 
 COMMANDS = {
     "doctor": ("what works on this machine, what does not, and the fix", "tigon.cli.doctor"),
-    "list": ("the ops, the model presets, the peers of tigon bench", "tigon.cli.list"),
+    "list": (
+        "the ops, their variants, the model presets, the peers of tigon bench",
+        "tigon.cli.list",
+    ),
     "explain": ("which backend and launch config a call would take, and why", "tigon.cli.explain"),
     "check": ("whether an op's results and gradients are right here", "tigon.cli.check"),
     "bench": ("how fast an op is here, beside other packages", "tigon.cli.bench"),

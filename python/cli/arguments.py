@@ -111,8 +111,8 @@ def add_case(parser: argparse.ArgumentParser, every: bool = False) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
     parser.add_argument(
         "--variant",
-        help="formats or options of the op; an unknown one is answered with the list"
-        + (", all takes each" if every else ""),
+        help="formats or options of the op: see tigon list variants"
+        + (", or all" if every else ""),
     )
 
 
