@@ -42,13 +42,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """One candidate of a case. error: of its outputs against fp64, the largest, None if they are random; peak: bytes,
-    None if not measured; share: of the roof, None without one."""
+    """One candidate of a case. error: of its outputs against fp64, the largest; peak: bytes, None if not measured;
+    share: of the roof, None without one."""
 
     name: str
     time: timing.Timing
     peak: int | None
-    error: float | None
+    error: float
     share: float | None = None
     flags: tuple[str, ...] = ()
 
@@ -178,7 +178,7 @@ def run_case(
     if not case.ok:
         return case
     calls = {"tigon": turns(workload.run, workload, settings, device)}
-    errors: dict[str, float | None] = {"tigon": max(row.error for row in gate)}
+    errors = {"tigon": max(row.error for row in gate)}
     if settings.invariant:
         calls[INVARIANT] = turns(workload.run, workload, settings, device, invariant=True)
         errors[INVARIANT] = invariant_error(gated)
@@ -188,7 +188,7 @@ def run_case(
     timed = ready if small == dict(sizes) else find.find(workload, [*ready], device)[0]
     for name, run in ready.items():
         try:
-            errors[name] = peer_error(name, gated, run, exact)
+            errors[name] = peer_error(gated, run, exact)
             peer = turns(timed[name], workload, settings, device)
             peer[0]()
             if settings.graph:
@@ -223,13 +223,8 @@ def invariant_error(gated: Workload) -> float:
         return max(row.error for row in verify.verify(gated, backward=False, repeat=False))
 
 
-def peer_error(
-    name: str, gated: Workload, run: Callable, exact: Mapping[str, Tensor]
-) -> float | None:
-    """The largest error of a peer's outputs; None where they are random by nature."""
-    if find.is_random(name, gated.op):
-        run(gated.inputs)
-        return None
+def peer_error(gated: Workload, run: Callable, exact: Mapping[str, Tensor]) -> float:
+    """The largest error of a peer's outputs."""
     got, _ = verify.results(gated, False, run)
     return max(verify.difference(got[k], exact[k]) for k in got)
 
@@ -237,7 +232,7 @@ def peer_error(
 def flags(result: Result, results: Sequence[Result]) -> list[str]:
     """What a reader must know before believing a time."""
     found = []
-    if result.error is not None and result.error > PEER_LIMIT:
+    if result.error > PEER_LIMIT:
         found.append("differs from the oracle")
     if result.share is not None and result.share > 1:
         found.append(f"suspect: {result.share:.0%} of the roof")

@@ -4,7 +4,6 @@ OPS       the ops that it knows
 PACKAGE   what is installed, by its name there
 DEVICES   where it runs, if not everywhere
 APART     it may lie in the folder `peers` of the environment, out of sight of packages that would take it
-RANDOM    of OPS those that draw with random numbers of their own, so that results cannot be compared
 build(workload) -> function from inputs to outputs; may raise ImportError, or NotImplementedError with the reason
 
 The function is for inputs of that workload and for copies of them: the workload's options, which may be as long as the
@@ -79,11 +78,6 @@ def once(prepare: Callable[[Mapping], object]) -> Callable[[Mapping], object]:
         return kept[id(inputs)][1]
 
     return prepared
-
-
-def is_random(name: str, op: str) -> bool:
-    """Whether what this peer returns of `op` differs from call to call by nature."""
-    return name in NAMES and op in getattr(import_module(f"tigon.bench.peers.{name}"), "RANDOM", ())
 
 
 def names(wanted: Sequence[str]) -> Sequence[str]:

@@ -10,8 +10,10 @@ import torch
 
 from tigon.bench import verify, workloads
 from tigon.bench.peers import find, torch_compiled, torch_eager
+from tigon.bench.peers.eager import sampling
 from tigon.bench.variants import variants
 from tigon.bench.workloads import SMALL
+from tigon.reference.sampling import Settings
 from tigon.registry import OPS, PUBLIC
 
 PEERS = {name: import_module(f"tigon.bench.peers.{name}") for name in find.NAMES}
@@ -72,6 +74,29 @@ def test_every_op_has_a_peer_in_plain_torch_but_draft_trees():
 def test_plain_torch_computes_the_same(op, variant, dtype):
     load = make(op, dtype, variant)
     agree(load, one("torch_eager", load), dtype)
+
+
+def test_top_k_and_top_p_keep_the_tokens_that_the_op_keeps():
+    logits = torch.randn(3, 1, 200)
+    kept = Settings(None, 1.0, None, 50, None, 0.9).filtered(logits) > -torch.inf
+    values, index = sampling._best(logits, 50, 0.9)
+    assert 3 < kept.sum() < 150
+    assert torch.equal(torch.zeros_like(kept).scatter_(-1, index, values > -torch.inf), kept)
+
+
+@pytest.mark.parametrize("variant", ["token", "token-greedy-drafts", "strict"])
+def test_verified_tokens_are_distributed_as_the_target_s(variant):
+    load = make("verify_draft", variant=variant, b=20000, K=1, V=6)
+    target, draft = torch.randn(2, 6)
+    inputs = {"target_logits": target.expand(20000, 2, 6)}
+    if variant == "token":
+        inputs["draft_logits"] = draft.expand(20000, 1, 6)
+    drawn = draft.softmax(-1).multinomial(20000, True)[:, None]
+    inputs["draft_tokens"] = drawn.int() if variant == "token" else torch.full_like(drawn, 2).int()
+    tokens, accepted = one("torch_eager", load)(inputs)
+    found = tokens[:, 0].bincount(minlength=6) / 20000
+    torch.testing.assert_close(found, target.softmax(-1), atol=0.02, rtol=0)
+    assert torch.equal(accepted == 1, tokens[:, 1] >= 0) and 0 < accepted.sum() < 20000
 
 
 @pytest.mark.parametrize("op,variant", CASES["transformers"])
