@@ -60,11 +60,16 @@ def _stack(plans: list[Plan]):
     return figure
 
 
+def check(path: Path) -> None:
+    """ValueError for a suffix that plots are not written with."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"plots go to {', '.join(SUFFIXES)} files; got {path.name!r}")
+
+
 def save(run: Mapping, path: str | Path) -> None:
     """All plots of the run in one file, by its suffix. ValueError for another suffix or a run without any plot."""
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"plots go to {', '.join(SUFFIXES)} files; got {path.name!r}")
+    check(path)
     plans = [plan for plan in (make(run) for make in PLANS.values()) if plan]
     if not plans:
         raise ValueError("there is nothing to plot: no case of this run has a time")

@@ -113,7 +113,9 @@ def sizes(op: str, preset: str | None = None, device: str = "cuda") -> dict[str,
         try:
             found |= widths(op, config_of(preset))
         except NoSuchLayer as error:
-            raise NoSuchLayer(f"{error} ({preset})") from None
+            raise NoSuchLayer(
+                f"{error} ({preset}); tigon list presets shows which have E layers"
+            ) from None
     if device == "cpu":
         found |= {name: min(size, found[name]) for name, size in CPU.get(op, {}).items()}
     return found

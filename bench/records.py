@@ -20,6 +20,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+SUSPECT = 10.0  # times faster than a peer: rather a mistake than a triumph
 COLUMNS = (
     "op", "variant", "mode", "preset", "dtype", "shape", "who", "ms", "p20", "p80", "GB/s", "TFLOP/s", "% of roof",
     "x", "peak MB", "error", "flags",

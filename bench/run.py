@@ -11,6 +11,7 @@ import tigon
 from tigon.bench import timing, verify
 from tigon.bench.clocks import clocks
 from tigon.bench.peers import find
+from tigon.bench.records import SUSPECT
 from tigon.bench.roof import Roof, operands
 from tigon.bench.work import Work, work
 from tigon.bench.workloads import Workload, make
@@ -18,7 +19,6 @@ from tigon.bench.workloads import Workload, make
 GATE_FLOPS = {"cpu": 4e10, "cuda": 2e13}  # of the fp64 oracle, about ten seconds
 GATE_BYTES = {"cpu": 2e9, "cuda": 2e10}
 PEER_LIMIT = 0.05  # error of a peer; beyond it computes something else
-SUSPECT = 10.0  # times faster than a peer: rather a mistake than a triumph
 SLOW = {"cpu": 60.0, "cuda": 1.0}  # seconds a call, beyond which a peer is not timed
 LAUNCH_SECONDS = 20e-6  # shorter calls are timed by how fast Python can launch them
 INVARIANT = "tigon, batch-invariant"

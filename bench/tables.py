@@ -154,7 +154,9 @@ def cpu_results(root: Path, names: Sequence[str]) -> str:
             rows += case_rows(case, part["env"])
             envs.append(part["env"])
     packages = [(p, v) for env in envs for p, v in env["packages"].items()]
-    used = sorted({f"{p} {v}" for p, v in packages if v and p in ("torch", "transformers")})
+    beside = {"torch", "transformers", *(row[2] for row in rows)}
+    named = {p: p.removeprefix("nvidia-").replace("-", "_") for p, _ in packages}
+    used = sorted({f"{p} {v}" for p, v in packages if v and named[p] in beside})
     dates = sorted({env["date"] for env in envs})
     commits = sorted({env["commit"] for env in envs})
     cores = sorted({env["os"]["cores"] for env in envs})
@@ -174,6 +176,8 @@ def case_rows(found: Mapping, env: Mapping) -> Iterator[tuple[str, ...]]:
         threads += ", CPU time"
     for peer in peers(found):
         faster = speed(own["time"]["median"], peer["time"]["median"])
+        if peer["time"]["median"] > records.SUSPECT * own["time"]["median"]:
+            faster += f" (suspect: over {records.SUSPECT:g}x)"
         less = memory(own["peak"], peer["peak"])
         yield case_text(found["case"]), threads, peer["name"], flagged(faster, peer), less
 

@@ -8,6 +8,7 @@ where there are GPUs, gloo elsewhere. Prints the mean loss of all processes.
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 
 import torch
@@ -24,8 +25,10 @@ BATCH, LENGTH = 2, 128
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps (default: 30)")
     steps = parser.parse_args().steps
+    if "RANK" not in os.environ:
+        parser.error(f"start it by torchrun: torchrun --nproc-per-node=2 {sys.argv[0]}")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:

@@ -82,14 +82,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="local folder of a NemotronH checkpoint")
     parser.add_argument("--text", help="file to learn (default: Python's help texts)")
-    parser.add_argument("--recipe", help="nvfp4, or a recipe of tigon.quantize that trains")
+    parser.add_argument(
+        "--recipe", help="nvfp4, nemotron-3-super-train or fp8-block (default: none)"
+    )
     parser.add_argument("--save", help="folder to write the fine-tuned model to")
     parser.add_argument("--alone", action="store_true", help="do not train the unpatched twin")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=128, help="tokens a row")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps (default: 30)")
+    parser.add_argument("--batch", type=int, default=2, help="rows a step (default: 2)")
+    parser.add_argument("--length", type=int, default=128, help="tokens a row (default: 128)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="of AdamW (default: 3e-3)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and windows (default: 0)")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"

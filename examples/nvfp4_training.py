@@ -80,9 +80,11 @@ def bits_per_byte(model: HybridLM, text: Tensor, window: int = 2048) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--bytes", type=int, default=16_384, help="held-out bytes to measure on")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default: 200)")
+    parser.add_argument("--seeds", type=int, default=3, help="pairs of runs (default: 3)")
+    parser.add_argument(
+        "--bytes", type=int, default=16_384, help="held-out, to measure on (default: 16384)"
+    )
     args = parser.parse_args()
     training, held_out = (
         torch.frombuffer(bytearray(part), dtype=torch.uint8).long() for part in split_text()

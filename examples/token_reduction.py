@@ -119,9 +119,18 @@ def nemotron_h(ids: Tensor, mask: Tensor, schedule, whole, device: str) -> bool:
 @torch.inference_mode()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--visual", type=int, default=2048, help="tokens that may be dropped")
-    parser.add_argument("--kind", choices=KINDS, default="stages")
-    parser.add_argument("--average", type=float, default=0.4, help="kept share, mean over layers")
+    parser.add_argument(
+        "--visual", type=int, default=2048, help="tokens to drop from (default: 2048)"
+    )
+    parser.add_argument(
+        "--kind", choices=KINDS, default="stages", help="of schedule (default: stages)"
+    )
+    parser.add_argument(
+        "--average",
+        type=float,
+        default=0.4,
+        help="kept share, 0 to 1, mean over layers (default: 0.4)",
+    )
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     schedule = ReductionSchedule(args.kind, average=args.average)

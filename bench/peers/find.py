@@ -80,19 +80,28 @@ def once(prepare: Callable[[Mapping], object]) -> Callable[[Mapping], object]:
     return prepared
 
 
-def find(work: Workload, wanted: Sequence[str], device: str) -> tuple[dict[str, Callable], dict]:
-    """(callables by name; reasons of those that cannot run, by name). wanted: names, ["auto"] or ["none"];
-    "no_" before a name leaves it out, as in ["auto", "no_torch_compiled"]."""
-    if "none" in wanted:
-        return {}, {}
+def names(wanted: Sequence[str]) -> Sequence[str]:
+    """The peers that are meant. ValueError for a name that none has.
+
+    wanted: names, ["auto"] or ["none"]; "no_" before a name leaves it out, as in ["auto", "no_torch_compiled"].
+    """
     without = [name.removeprefix("no_") for name in wanted if name.startswith("no_")]
-    wanted = [name for name in wanted if not name.startswith("no_")] or ["auto"]
-    unknown = [name for name in (*wanted, *without) if name not in (*NAMES, "auto")]
+    named = [name for name in wanted if not name.startswith("no_")]
+    if without and not named:
+        named = ["auto"]
+    unknown = [name for name in (*named, *without) if name not in (*NAMES, "auto", "none")]
     if unknown:
-        raise ValueError(f"unknown peer {', '.join(unknown)}; known: {', '.join(NAMES)}")
-    names = NAMES if "auto" in wanted else wanted
+        raise ValueError(
+            f"unknown peer {', '.join(unknown)}; known: auto, none, {', '.join(NAMES)}"
+        )
+    meant = () if "none" in named else NAMES if "auto" in named else named
+    return [name for name in meant if name not in without]
+
+
+def find(work: Workload, wanted: Sequence[str], device: str) -> tuple[dict[str, Callable], dict]:
+    """(callables by name; reasons of those that cannot run, by name). wanted: as of `names`."""
     ready, missing = {}, {}
-    for name in [name for name in names if name not in without]:
+    for name in names(wanted):
         peer = import_module(f"tigon.bench.peers.{name}")
         if work.op not in peer.OPS:
             if name in wanted:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
+from tigon.cli import meant
 from tigon.registry import PUBLIC
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -40,6 +41,36 @@ def sweep(text: str) -> str | tuple[str, list[int]]:
     return name.strip(), [size(value.strip()) for value in values.split(",")]
 
 
+def op_name(text: str) -> str:
+    if text not in (*PUBLIC, "all"):
+        raise argparse.ArgumentTypeError(
+            f"no op {text!r}{meant(text, PUBLIC)} (tigon list shows all)"
+        )
+    return text
+
+
+def one_op(text: str) -> str:
+    if text == "all":
+        raise argparse.ArgumentTypeError("one op at a time")
+    return op_name(text)
+
+
+def positive(kind: type) -> type:
+    """The type of an option that must be above 0; `kind` is int or float."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} above 0")
+        return value
+
+    return parse
+
+
 def sizes_of(
     op: str, given: Mapping[str, int], defaults: Mapping[str, int], several: bool = False
 ) -> dict[str, int]:
@@ -59,23 +90,74 @@ def sizes_of(
 
 def add_case(parser: argparse.ArgumentParser, every: bool = False) -> None:
     """OP, --shape, --dtype, --seed, --variant. every: "all" is an op too, and several may be named."""
-    names = tuple(PUBLIC)
-    known = f"{', '.join(names)}{', or all' if every else ''}"
+    known = f"{', '.join(PUBLIC)}{', or all' if every else ''}"
     if every:
-        parser.add_argument("op", nargs="+", choices=(*names, "all"), metavar="OP", help=known)
+        parser.add_argument("op", nargs="+", type=op_name, metavar="OP", help=known)
     else:
-        parser.add_argument("op", choices=names, metavar="OP", help=known)
+        parser.add_argument("op", type=one_op, metavar="OP", help=known)
     parser.add_argument(
-        "--shape", type=shape, default={}, help="sizes by the API's letters: h=128,l=4k"
+        "--shape",
+        type=shape,
+        default={},
+        metavar="h=128,l=4k",
+        help="sizes in place of the defaults, by the letters that tigon list shows; k is 1024, m its square",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the activations")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
-    parser.add_argument("--variant", help=f"formats or options{', or all' if every else ''}")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="of the activations (default: bfloat16); an op of one dtype keeps it",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
+    parser.add_argument(
+        "--variant",
+        help="formats or options of the op: see tigon list variants"
+        + (", or all" if every else ""),
+    )
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
-    choices = ("auto", "reference", "kernel")
-    parser.add_argument("--backend", choices=choices, help="in place of TIGON_BACKEND")
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "reference", "kernel"),
+        help="in place of TIGON_BACKEND (default: auto, kernels on CUDA tensors)",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="default: cuda if there is a GPU; CUDA_VISIBLE_DEVICES says which one",
+    )
+
+
+def device(args: argparse.Namespace) -> str:
+    """The device that was asked for, or the GPU if there is one. RuntimeError for a GPU that is not there."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if args.device == "cuda" and not there:
+        raise RuntimeError("--device cuda: torch finds no GPU here; tigon doctor says why")
+    return args.device or ("cuda" if there else "cpu")
+
+
+def add_mode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mode",
+        choices=("forward", "backward", "step"),
+        default="forward",
+        help="backward: the gradients alone; step: forward and backward (default: forward)",
+    )
+
+
+def add_arch(parser: argparse.ArgumentParser, otherwise: str) -> None:
+    """otherwise: what stands for it without a GPU."""
+    parser.add_argument(
+        "--arch",
+        type=positive(int),
+        help=f"compute capability: 80, 90, 100 or 120 (default: this GPU's; without one {otherwise})",
+    )
 
 
 def backend(args: argparse.Namespace) -> AbstractContextManager:
@@ -92,6 +174,23 @@ def variants(op: str, wanted: str | None, several: bool = False) -> tuple[str | 
     if wanted == "all":
         return known(op)
     return (wanted,) if wanted in (None, *known(op)) or not several else ()
+
+
+def known_somewhere(names: list[str], shape: Mapping[str, int], variant: str | None) -> None:
+    """ValueError for a letter or a variant that none of several ops has: each of them would pass it over."""
+    from tigon.bench.variants import variants as known
+
+    letters = {letter for name in names for letter in PUBLIC[name].sizes}
+    stray = [letter for letter in shape if letter not in letters]
+    if stray and len(names) > 1:
+        raise ValueError(
+            f"none of these ops has a size {', '.join(stray)}; tigon list shows what they have"
+        )
+    formats = {v for name in names for v in known(name) if v}
+    if len(names) > 1 and variant not in (None, "all", *formats):
+        raise ValueError(
+            f"none of these ops has a variant {variant!r}; they have {', '.join(sorted(formats)) or 'none'}"
+        )
 
 
 def ops(names: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 A correctness gate runs first: a wrong result prints no time and exits with 2. Bytes and FLOPs are the least that the
 op needs; the roof of this machine (a large copy, large products) is measured before anything else, and every row says
-its share of it. --mode backward times the gradients alone, step forward and backward together.
+its share of it. docs/benchmarks.md explains the columns.
 """
 
 import os
@@ -24,30 +24,67 @@ def add_arguments(parser) -> None:
     arguments.add_case(parser, every=True)
     arguments.add_backend(parser)
     parser.add_argument(
-        "--preset", help="sizes of models, such as nemotron-3-super,nemotron-3-nano"
+        "--preset",
+        help="sizes of models, such as nemotron-3-super,nemotron-3-nano (tigon list presets; "
+        "default: Nemotron 3 Super's; on a CPU a slice of them)",
     )
     parser.add_argument(
-        "--sweep", type=arguments.sweep, metavar="l=1k,4k", help="smaller sizes too; or auto, none"
+        "--sweep",
+        type=arguments.sweep,
+        metavar="l=1k,4k",
+        help="these sizes of one letter too; auto takes a sixteenth and a quarter of the size that grows "
+        "with the input, none nothing (default: none, with --html auto)",
     )
-    parser.add_argument("--mode", choices=("forward", "backward", "step"), default="forward")
-    parser.add_argument("--peers", default="auto", help="auto, none, names, or auto,no-NAME")
-    parser.add_argument("--batch-invariant", action="store_true", help="time that mode too")
-    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    arguments.add_mode(parser)
+    parser.add_argument(
+        "--peers",
+        default="auto",
+        help="auto (all that are installed, the default), none, names (tigon list peers): transformers,torchao, "
+        "or all but some: auto,no-torch_compiled",
+    )
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="time Tigon in batch-invariant mode too"
+    )
+    arguments.add_device(parser)
     caches = parser.add_mutually_exclusive_group()
     caches.add_argument(
-        "--cold", action="store_true", default=True, help="inputs come from memory (the default)"
+        "--cold",
+        action="store_true",
+        default=True,
+        help="calls take turns on copies of the inputs, which so come from memory (the default)",
     )
     caches.add_argument("--hot", action="store_true", help="the same inputs at every call")
-    parser.add_argument("--graph", action="store_true", help="replay CUDA graphs: no launch costs")
-    parser.add_argument("--repeat", type=int, help="rounds (default: as many as fit)")
-    parser.add_argument("--time-budget", type=float, help="seconds of rounds a case")
     parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine"
+        "--graph",
+        action="store_true",
+        help="replay CUDA graphs, which leaves launch costs out (a GPU; not with --mode backward)",
+    )
+    parser.add_argument(
+        "--repeat",
+        type=arguments.positive(int),
+        help="rounds (default: as many as fit the time budget, at least 3)",
+    )
+    parser.add_argument(
+        "--time-budget",
+        type=arguments.positive(float),
+        metavar="SECONDS",
+        help=f"of rounds a case (default: {BUDGET['one']:g}; of several ops on a CPU {BUDGET['several']:g})",
+    )
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="on a CPU: wall time (the default), or cpu, the process's own time, for a busy machine",
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--no-roof", action="store_true", help="do not measure the machine's roof")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run; needs no GPU")
-    parser.add_argument("--arch", type=int, default=90, help="for --dry-run without a GPU")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print shapes, bytes, FLOPs, launch configs and the time at a datasheet's roof; runs "
+        "nothing, writes nothing, needs no GPU",
+    )
+    arguments.add_arch(parser, "90; of --dry-run")
     for kind, what in bench_output.FILES.items():
         parser.add_argument(f"--{kind}", type=Path, metavar="FILE", help=what)
 
@@ -64,24 +101,30 @@ class Chosen:
 
 
 def run(args) -> int:
-    import torch
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.graph and device == "cpu" and not args.dry_run:
-        print("--graph needs a GPU")
-        return cli.USAGE
     if args.graph and args.mode == "backward":
         # Autograd runs a backward on the stream of its forward, which lies outside the capture.
         print("--graph captures forward or step: gradients alone cannot be captured")
         return cli.USAGE
+    try:
+        check(args)
+        device = args.device or "cuda" if args.dry_run else arguments.device(args)
+    except ValueError as error:
+        print(error)
+        return cli.USAGE
+    except RuntimeError as error:
+        print(error)
+        return cli.ENVIRONMENT
+    if args.graph and device == "cpu" and not args.dry_run:
+        print("--graph needs a GPU")
+        return cli.USAGE
     codes, chosen = [cli.OK], []
     for op in arguments.ops(args.op):
         if args.mode != "forward" and not OPS[op].backward:
-            print(f"{op} has no backward\n")
+            print(f"{op} has no backward: --mode forward\n")
             codes.append(cli.OK if "all" in args.op else cli.USAGE)
             continue
         try:
-            chosen += cases(op, args, device)
+            chosen += list(cases(op, args, device))
         except ValueError as error:
             print(error)
             codes.append(cli.USAGE)
@@ -92,9 +135,29 @@ def run(args) -> int:
     return max(*codes, measure_all(chosen, args, device))
 
 
+def check(args) -> None:
+    """ValueError for what would be found to be wrong after minutes of measurement only, or silently do nothing."""
+    from tigon.bench.peers import find
+
+    arguments.known_somewhere(arguments.ops(args.op), args.shape, args.variant)
+    find.names(peers_of(args))
+    given = {kind: path for kind in bench_output.FILES if (path := getattr(args, kind))}
+    if args.arch and not args.dry_run:
+        raise ValueError("--arch is for --dry-run: a benchmark runs on the GPU that is here")
+    if given and args.dry_run:
+        raise ValueError(f"--dry-run measures nothing to write: leave out --{', --'.join(given)}")
+    for kind, path in given.items():
+        bench_output.check(kind, path)
+
+
+def peers_of(args) -> list[str]:
+    return args.peers.replace("-", "_").split(",")
+
+
 def cases(op: str, args, device: str) -> Iterator[Chosen]:
     """Presets x variants x sizes of one op. ValueError for a letter, variant or preset that does not exist."""
     from tigon.bench import presets
+    from tigon.bench.variants import chosen as known_variant
 
     several = len(arguments.ops(args.op)) > 1
     named = args.preset.split(",") if args.preset else [None]
@@ -108,6 +171,7 @@ def cases(op: str, args, device: str) -> Iterator[Chosen]:
             continue
         sizes = arguments.sizes_of(op, args.shape, defaults, several)
         for variant in arguments.variants(op, args.variant, several):
+            known_variant(op, variant)
             yield Chosen(op, preset, variant, sizes)
             for letter, value in points(op, sizes, args):
                 yield Chosen(op, preset, variant, sizes | {letter: value}, letter)
@@ -134,10 +198,10 @@ def guarded(function, case: Chosen, *args) -> int:
     try:
         return function(case, *args)
     except (ValueError, TypeError) as error:
-        print(f"{case.op}: {error}\n")
+        print(f"{case.op}: {str(error).removeprefix(f'{case.op}: ')}\n")
         return cli.USAGE
     except RuntimeError as error:
-        print(f"{case.op}: {str(error).splitlines()[0]}\n")
+        print(f"{case.op}: {str(error).splitlines()[0].removeprefix(f'{case.op}: ')}\n")
         return cli.ENVIRONMENT
 
 
@@ -151,7 +215,7 @@ def dry_run(case: Chosen, args, device: str) -> int:
     from tigon.cli.explain import own_arch
     from tigon.kernels.launch import table_arch
 
-    arch = own_arch() or args.arch
+    arch = args.arch or own_arch() or 90
     load = workloads.make(
         case.op, case.sizes, getattr(torch, args.dtype), "meta", variant=case.variant
     )
@@ -225,7 +289,7 @@ def measure(case: Chosen, args, device: str, limit, budget: float, records: list
 
     settings = Settings(
         mode=args.mode,
-        peers=args.peers.replace("-", "_").split(","),
+        peers=peers_of(args),
         seed=args.seed,
         memory=not args.no_memory,
         invariant=args.batch_invariant,

@@ -1,17 +1,18 @@
 """What `tigon bench` prints about a case, and the files it writes."""
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 
 from tigon.bench import records
 from tigon.cli import table
 
 FILES = {
-    "json": "the record, for tigon compare and the report",
-    "csv": "one row a result",
-    "md": "a table for a pull request",
-    "plot": "roofline, speed-ups and sweeps as .png, .svg or .pdf",
-    "html": "all of it as one page; measures smaller sizes too, unless --sweep none",
+    "json": "write the record, for tigon compare and the report",
+    "csv": "write a row a result",
+    "md": "write a table for a pull request",
+    "plot": "write roofline, speed-ups and sweeps as .png, .svg or .pdf",
+    "html": "write all of it as one page; measures smaller sizes too, unless --sweep none",
 }
 COLUMNS = (
     "who", "ms", "p20", "p80", "GB/s", "TFLOP/s", "roof", "time", "peak MB", "memory", "error", "flags",
@@ -31,6 +32,19 @@ def write(kind: str, record: Mapping, path: Path) -> None:
         from tigon.bench import report
 
         report.write(record, path)
+
+
+def check(kind: str, path: Path) -> None:
+    """ValueError where `write` could not write."""
+    if not path.parent.is_dir():
+        raise ValueError(f"--{kind} {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"--{kind} {path} is a folder; name a file in it")
+    if kind == "plot":
+        from tigon.bench import plots
+
+        plots.check(path)
+        import_module("matplotlib")  # a page goes without, a plot does not
 
 
 def heading(load, mode: str, preset: str | None = None) -> str:

@@ -11,7 +11,7 @@ from tigon.cli import arguments, table
 def add_arguments(parser) -> None:
     arguments.add_case(parser, every=True)
     arguments.add_backend(parser)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    arguments.add_device(parser)
 
 
 def run(args) -> int:
@@ -20,10 +20,18 @@ def run(args) -> int:
     import tigon
     from tigon.bench import verify, workloads
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    ops = arguments.ops(args.op)
+    try:
+        arguments.known_somewhere(ops, args.shape, args.variant)
+        device = arguments.device(args)
+    except ValueError as error:
+        print(error)
+        return cli.USAGE
+    except RuntimeError as error:
+        print(error)
+        return cli.ENVIRONMENT
     dtype = getattr(torch, args.dtype)
     wrong = []
-    ops = arguments.ops(args.op)
     several = len(ops) > 1
     cases = [(op, v) for op in ops for v in arguments.variants(op, args.variant or "all", several)]
     for op, variant in cases:

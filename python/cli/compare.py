@@ -15,19 +15,27 @@ from tigon.cli import table
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("first", type=Path, metavar="A.json", help="of tigon bench --json")
-    parser.add_argument("second", type=Path, metavar="B.json")
     parser.add_argument(
-        "--limit", type=share, default=compare.LIMIT, help="by which medians may differ (5%%)"
+        "first", type=Path, metavar="A.json", help="before: a file of tigon bench --json"
+    )
+    parser.add_argument("second", type=Path, metavar="B.json", help="after: another")
+    parser.add_argument(
+        "--limit",
+        type=share,
+        default=compare.LIMIT,
+        metavar="5%",
+        help="share by which medians may differ and still be SAME (default: 5%%)",
     )
     parser.add_argument(
         "--fail-on",
         type=fail_on,
         default=0.0,
         metavar="slower=5%",
-        help="exit code 3 only beyond this (default: any row that is SLOWER)",
+        help="exit code 3 only where a SLOWER row is slower by more than this (default: any)",
     )
-    parser.add_argument("--peers", action="store_true", help="peers' rows count for it too")
+    parser.add_argument(
+        "--peers", action="store_true", help="SLOWER rows of peers count for the exit code too"
+    )
     parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
     parser.add_argument("--md", type=Path, metavar="FILE", help="also write a Markdown table there")
 

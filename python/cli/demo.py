@@ -17,14 +17,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="time to train (default: 90, or with --token-reduction 900 steps)",
+        help="to train, by the clock (default: 90 s; with --token-reduction 900 steps)",
     )
     parser.add_argument("--steps", type=int, help="train this many steps instead, however long")
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument(
-        "--queries", type=int, default=1000, help="asked in --token-reduction (default: 1000)"
+        "--out",
+        type=Path,
+        default=Path("demo-output"),
+        help="folder to write to (default: demo-output)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
+    parser.add_argument(
+        "--prompt", default=PROMPT, help=f"text to go on from (default: {PROMPT!r})"
+    )
+    parser.add_argument(
+        "--queries", type=int, default=1000, help="questions of --token-reduction (default: 1000)"
     )
 
 

@@ -1,6 +1,6 @@
 """``tigon doctor``: what works on this machine, what does not, and the fix.
 
-Standard library only, so that it runs where torch is missing or broken. Every probe is guarded.
+Runs where torch is missing or broken: it needs the standard library only.
 """
 
 import json

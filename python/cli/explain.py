@@ -8,7 +8,6 @@ from dataclasses import asdict, is_dataclass
 
 from tigon import cli
 from tigon.cli import arguments
-from tigon.registry import OPS
 
 ARCHS = (80, 90, 100, 120)
 
@@ -16,8 +15,10 @@ ARCHS = (80, 90, 100, 120)
 def add_arguments(parser) -> None:
     arguments.add_case(parser)
     parser.add_argument(
-        "--arch", type=int, help="compute capability to explain for, such as 90 (default: yours)"
+        "--preset",
+        help="sizes of a model, such as nemotron-3-nano (tigon list presets; default: Nemotron 3 Super's)",
     )
+    arguments.add_arch(parser, "that of a call on a CPU")
     arguments.add_backend(parser)
     parser.add_argument("--json", action="store_true", help="print the explanation as JSON")
 
@@ -26,10 +27,10 @@ def run(args) -> int:
     import torch
 
     import tigon
-    from tigon.bench import workloads
+    from tigon.bench import presets, workloads
 
     try:
-        sizes = arguments.sizes_of(args.op, args.shape, OPS[args.op].sizes)
+        sizes = arguments.sizes_of(args.op, args.shape, presets.sizes(args.op, args.preset))
         work = workloads.make(
             args.op, sizes, getattr(torch, args.dtype), "meta", variant=args.variant
         )
@@ -48,6 +49,8 @@ def run(args) -> int:
         shape = ", ".join(f"{k}={v}" for k, v in sizes.items())
         print(" ".join(filter(None, (work.variant, shape, str(work.dtype).removeprefix("torch.")))))
         print(found)
+        if arch is None:
+            print("  there is no GPU here; --arch 80, 90, 100 or 120 explains one")
     return cli.OK
 
 

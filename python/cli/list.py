@@ -1,4 +1,4 @@
-"""``tigon list``: the ops, from the registry and without torch; model presets; peers of ``tigon bench``."""
+"""``tigon list``: the ops and their variants, without torch; model presets; peers of ``tigon bench``."""
 
 import json
 import sys
@@ -10,7 +10,15 @@ from tigon.registry import PUBLIC
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("what", nargs="?", choices=tuple(LISTS), default="ops")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=tuple(LISTS),
+        default="ops",
+        help="ops (the default): family, language of the kernel, dtypes, default sizes; variants: the formats and "
+        "options that --variant chooses from; presets: sizes of published models; peers: what tigon bench "
+        "compares with, and which of them are installed",
+    )
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
 
 
@@ -36,6 +44,16 @@ def ops() -> list[dict]:
             "summary": op.summary,
         }
         for op in PUBLIC.values()
+    ]
+
+
+def variants() -> list[dict]:
+    """One row an op that has variants: the default, then the others."""
+    from tigon.bench.variants import VARIANTS
+
+    return [
+        {"op": op, "default": first, "others": " ".join(others)}
+        for op, (first, *others) in VARIANTS.items()
     ]
 
 
@@ -77,4 +95,4 @@ def peers() -> list[dict]:
     return rows
 
 
-LISTS = {"ops": ops, "presets": presets, "peers": peers}
+LISTS = {"ops": ops, "variants": variants, "presets": presets, "peers": peers}

@@ -12,15 +12,27 @@ def add_arguments(parser) -> None:
     from tigon.models.presets import PRESETS
 
     parser.add_argument("preset", choices=tuple(PRESETS), metavar="PRESET", help=", ".join(PRESETS))
-    parser.add_argument("--kind", choices=KINDS, default="power", help="family of the schedule")
-    parser.add_argument("--average", type=float, help="kept share, mean over the layers")
-    parser.add_argument("--final", type=float, help="kept share of the last layer")
+    parser.add_argument(
+        "--kind", choices=KINDS, default="power", help="family of the schedule (default: power)"
+    )
+    parser.add_argument("--average", type=float, help="share kept, 0 to 1, mean over the layers")
+    parser.add_argument("--final", type=float, help="share kept by the last layer, 0 to 1")
     parser.add_argument("--gamma", type=float, help="exponent of 'power' (default: 2)")
-    parser.add_argument("--stages", type=int, default=4, help="runs of layers of 'stages'")
-    parser.add_argument("--layer", type=int, default=2, help="where 'fastv' removes")
-    parser.add_argument("--multiple", type=int, default=1, help="of the kept visual tokens")
-    parser.add_argument("--visual", type=arguments.size, default=32768, help="visual tokens: 32k")
-    parser.add_argument("--text", type=arguments.size, default=128, help="text tokens")
+    parser.add_argument(
+        "--stages", type=int, default=4, help="runs of layers of 'stages' (default: 4)"
+    )
+    parser.add_argument(
+        "--layer", type=int, default=2, help="before which 'fastv' removes (default: 2)"
+    )
+    parser.add_argument(
+        "--multiple", type=int, default=1, help="of which kept visual tokens are one (default: 1)"
+    )
+    parser.add_argument(
+        "--visual", type=arguments.size, default=32768, help="visual tokens (default: 32k)"
+    )
+    parser.add_argument(
+        "--text", type=arguments.size, default=128, help="text tokens (default: 128)"
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 

@@ -19,21 +19,51 @@ NO_GPU = "tigon tune needs a GPU, as it measures; --dry-run lists the candidates
 def add_arguments(parser) -> None:
     arguments.add_case(parser, every=True)
     arguments.add_backend(parser)
-    parser.add_argument("--preset", help="sizes of a model, such as nemotron-3-super")
-    parser.add_argument("--mode", choices=("forward", "backward", "step"), default="forward")
-    parser.add_argument("--device", help="cuda; cpu is Triton's interpreter, for tests")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds a case")
-    parser.add_argument("--graph", action="store_true", help="replay CUDA graphs: no launch costs")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the table to write or to add to"
+        "--preset",
+        help="sizes of a model, such as nemotron-3-nano (tigon list presets; default: Nemotron 3 Super's)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="list the candidates; needs no GPU")
-    parser.add_argument("--arch", type=int, default=90, help="for --dry-run without a GPU")
+    arguments.add_mode(parser)
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        help="default: cuda; cpu is Triton's interpreter, for tests",
+    )
+    parser.add_argument(
+        "--budget",
+        type=arguments.positive(float),
+        default=60.0,
+        metavar="SECONDS",
+        help="of search a case (default: 60)",
+    )
+    parser.add_argument(
+        "--graph",
+        action="store_true",
+        help="replay CUDA graphs, which leaves launch costs out (not with --mode backward)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the table to write or to add to (default: tigon-launch-sm_ARCH.json)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the candidates; runs nothing, needs no GPU"
+    )
+    arguments.add_arch(parser, "90; of --dry-run")
 
 
 def run(args) -> int:
     import torch
 
+    if args.graph and args.mode == "backward":
+        print("--graph captures forward or step: gradients alone cannot be captured")
+        return cli.USAGE
+    try:
+        arguments.known_somewhere(arguments.ops(args.op), args.shape, args.variant)
+    except ValueError as error:
+        print(error)
+        return cli.USAGE
     device = args.device or "cuda"
     codes, several = [cli.OK], len(arguments.ops(args.op)) > 1
     if args.graph and args.mode == "backward":
@@ -48,7 +78,7 @@ def run(args) -> int:
             )
             codes.append(cli.OK if "all" in args.op else cli.USAGE)
         elif args.mode != "forward" and not OPS[op].backward:
-            print(f"{op} has no backward\n")
+            print(f"{op} has no backward: --mode forward\n")
             codes.append(cli.OK if "all" in args.op else cli.USAGE)
         else:
             cases += [(op, variant) for variant in arguments.variants(op, args.variant, several)]
@@ -99,7 +129,7 @@ def dry_run(op: str, variant: str | None, args, device: str, several: bool) -> i
 
     sizes = sizes_of(op, args, "cuda", several)
     dtype = getattr(torch, args.dtype)
-    arch = own_arch() or args.arch
+    arch = args.arch or own_arch() or 90
     with arguments.backend(args):
         kernels = tune.planned(op, sizes, dtype, args.mode, arch, variant)
     print(heading(op, variant, sizes, args))

@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 
 from tigon.bench.peers import find, flash_attn
+from tigon.bench.variants import VARIANTS
 from tigon.registry import PUBLIC
 
 
@@ -23,6 +24,13 @@ def test_json_holds_the_registry(tigon_command):
     code, out = tigon_command("list", "ops", "--json")
     assert code == 0
     assert [row["op"] for row in json.loads(out)] == list(PUBLIC)
+
+
+def test_variants_show_the_default_first(tigon_command):
+    code, out = tigon_command("list", "variants", "--json")
+    rows = {row["op"]: row for row in json.loads(out)}
+    assert code == 0 and set(rows) == set(VARIANTS)
+    assert rows["scaled_mm"]["default"] == "fp8-row" and "w4a4" in rows["scaled_mm"]["others"]
 
 
 def test_presets_show_their_layers(tigon_command):

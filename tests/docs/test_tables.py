@@ -136,6 +136,21 @@ def test_cpu_results_are_ratios_of_the_named_files_in_their_order(checkout):
     assert "`a.json`" in text
 
 
+def test_a_ratio_too_good_to_be_true_is_marked_in_records_of_before_flags_too(checkout):
+    near, far = result("near", 9.9), result("far", 12.0)
+    write(checkout / "bench/results/cpu/a.json", run(result("tigon", 1.0), near, far, device="cpu"))
+    text = tables.cpu_results(checkout, ["a"])
+    assert "12x faster (suspect: over 10x)" in text and text.count("suspect") == 1
+
+
+def test_the_packages_that_were_measured_beside_are_named_and_no_others(checkout):
+    found = run(result("tigon", 1.0), result("modelopt", 4.0), device="cpu")
+    found["env"]["packages"] |= {"nvidia-modelopt": "0.47.0", "torchao": "0.18.0"}
+    write(checkout / "bench/results/cpu/a.json", found)
+    text = tables.cpu_results(checkout, ["a"])
+    assert "nvidia-modelopt 0.47.0" in text and "torchao" not in text
+
+
 def test_ratios_that_round_to_one_are_no_claim():
     assert tables.speed(1.0, 0.997) == tables.speed(1.0, 1.003) == "the same"
     assert tables.speed(1.0, 0.5) == "2x slower" and tables.memory(None, 5) == "-"
