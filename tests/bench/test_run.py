@@ -112,6 +112,16 @@ def test_clocks_are_those_of_the_device_that_is_timed(monkeypatch):
     assert case.clocks is None  # though the machine has a GPU
 
 
+def test_names_of_peers_are_all_some_or_all_but_some():
+    every = list(find.NAMES)
+    assert find.names(["none"]) == find.names([]) == [] and find.names(["auto"]) == every
+    assert find.names(["torchao"]) == ["torchao"]
+    for wanted in (["auto", "no_torchao"], ["no_torchao"]):
+        assert find.names(wanted) == [name for name in every if name != "torchao"]
+    with pytest.raises(ValueError, match="unknown peer dice; known: auto, none, transformers"):
+        find.names(["no_dice"])
+
+
 def test_the_roof_is_that_of_the_operands():
     roof = Roof("toy", "measured", 1e15, {"bfloat16": 1e9, "float8_e4m3fn": 4e9})
     sizes = {"m": 8, "n": 8, "k": 256}
