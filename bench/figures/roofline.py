@@ -163,7 +163,7 @@ def key(panel, height: float, columns) -> None:
     """What the numbers mean, below the axes."""
     from matplotlib.lines import Line2D
 
-    looks, width = family_looks(), (WIDTH - LEFT - RIGHT) / COLUMNS
+    looks, width = family_looks(), (WIDTH - LEFT) / COLUMNS
     for column, lines in enumerate(columns):
         for row, (kind, text) in enumerate(lines):
             x = LEFT + column * width
