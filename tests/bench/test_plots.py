@@ -11,6 +11,8 @@ matplotlib = pytest.importorskip("matplotlib")
 
 from tigon.bench import labels, plots, records  # noqa: E402
 from tigon.bench.figures import style  # noqa: E402
+from tigon.bench.variants import variants  # noqa: E402
+from tigon.registry import PUBLIC  # noqa: E402
 
 PLOTS = tuple(plots.PLANS)
 
@@ -65,6 +67,23 @@ def test_no_words_cover_each_other_or_leave_the_figure(drawn, name):
         across = min(a.x1, b.x1) - max(a.x0, b.x0)
         along = min(a.y1, b.y1) - max(a.y0, b.y0)
         assert across <= 1 or along <= 2, f"{one} covers {other}"
+
+
+def test_names_with_their_dtypes_keep_off_the_marks_of_the_next_column():
+    ops = [(op, variants(op)[0]) for op in PUBLIC if op != "tree_ancestors"]
+    cases = [case(op, variant=variant) for op, variant in ops]
+    for number, item in enumerate(cases):
+        item["case"]["dtype"] = ("bfloat16", "float32")[number % 2]
+    figure = plots.roofline(sample_run() | {"cases": cases})
+    found = boxes(figure)
+    panels = (figure, *figure.subfigs)
+    marks = [m for p in panels for m in p.artists if isinstance(m, matplotlib.lines.Line2D)]
+    assert len(marks) == 5  # a family each
+    for mark in marks:
+        x, y = mark.get_transform().transform((mark.get_xdata()[0], mark.get_ydata()[0]))
+        for text, box in found:
+            beside = box.x1 < x - 6 or box.x0 > x + 6
+            assert beside or not box.y0 < y < box.y1, f"{text} covers a mark"
 
 
 def test_roofline_names_every_op_once_and_says_what_has_no_flops(drawn, run):
