@@ -5,6 +5,7 @@ A page marks a block by two lines, and what lies between them is rewritten:
     <!-- generated: support -->             every public op, by python/registry.py
     <!-- generated: gpu-results [NAME…] --> bench/results/<GPU>/NAME.json, all files without a name
     <!-- generated: cpu-results NAME… -->   bench/results/cpu/NAME.json, in that order
+    <!-- generated: nvfp4-training -->      bench/results/cpu/nvfp4_training.json
     <!-- end -->
 
 --check writes nothing and fails where a page is not what the data say. Works in a checkout only.
@@ -201,7 +202,25 @@ def token_reduction_rows(found: Mapping) -> Iterator[tuple[str, ...]]:
     yield text, str(found["threads"]), "unreduced", ratio, "-"
 
 
-BLOCKS = {"support": support, "gpu-results": gpu_results, "cpu-results": cpu_results}
+def nvfp4_training(root: Path, names: Sequence[str] = ()) -> str:
+    """examples/nvfp4_training.py: held-out bits per byte by seed, with the recipe and without."""
+    found = json.loads((root / "bench/results/cpu/nvfp4_training.json").read_text())
+    rows = [
+        (str(r["seed"]), f"{r['fp32']:.4f}", f"{r['nvfp4']:.4f}", f"{100 * r['difference']:+.2f} %")
+        for r in found["rows"]
+    ]
+    body = table(("seed", "fp32", "NVFP4 recipe", "difference"), rows)
+    mean = f"Mean: {100 * found['mean']:+.2f} %"
+    steps = f"{found['options']['steps']} steps, {found['options']['bytes']:,} held-out bytes"
+    return f"{body}\n{mean}; {steps}; {records.machine_line(found['env'])}.\n"
+
+
+BLOCKS = {
+    "support": support,
+    "gpu-results": gpu_results,
+    "cpu-results": cpu_results,
+    "nvfp4-training": nvfp4_training,
+}
 
 
 def rewritten(page: str, root: Path) -> str:

@@ -1,6 +1,6 @@
 """Train the `tiny` preset twice from each of three seeds, plainly and with the NVFP4 recipe, and compare.
 
-    python examples/nvfp4_training.py [--steps 200] [--seeds 3]
+    python examples/nvfp4_training.py [--steps 200] [--seeds 3] [--json FILE]
 
 A plain training loop: `tigon.quantize(model, recipe)` after the model is made is all that the recipe takes. It is
 Nemotron 3 Super's, without its high-precision last layers: NVFP4 for Mamba's in_proj and the MLP, MXFP8 for out_proj.
@@ -8,14 +8,17 @@ Exit code 1 if the mean difference of held-out bits per byte is more than 3 %.
 """
 
 import argparse
+import json
 import math
 import sys
+from pathlib import Path
 from statistics import mean
 
 import torch
 from torch import Tensor, nn
 
 import tigon
+from tigon.bench.environment import environment
 from tigon.cli.demo_text import split_text
 from tigon.models import HybridLM
 
@@ -85,23 +88,29 @@ def main() -> int:
     parser.add_argument(
         "--bytes", type=int, default=16_384, help="held-out, to measure on (default: 16384)"
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     args = parser.parse_args()
     training, held_out = (
         torch.frombuffer(bytearray(part), dtype=torch.uint8).long() for part in split_text()
     )
-    changes = []
+    rows = []
     for seed in range(args.seeds):
         plain, low = (
             bits_per_byte(train(training, args.steps, seed, recipe), held_out[: args.bytes])
             for recipe in (None, RECIPE)
         )
-        changes.append(low / plain - 1)
+        rows.append({"seed": seed, "fp32": plain, "nvfp4": low, "difference": low / plain - 1})
         print(
-            f"seed {seed}: fp32 {plain:.4f} bits per byte, NVFP4 {low:.4f}, {changes[-1]:+.2%}",
+            f"seed {seed}: fp32 {plain:.4f} bits per byte, NVFP4 {low:.4f}, {low / plain - 1:+.2%}",
             flush=True,
         )
-    print(f"mean difference {mean(changes):+.2%}, at most {LIMIT:.0%} is expected")
-    return int(mean(changes) > LIMIT)
+    change = mean(row["difference"] for row in rows)
+    print(f"mean difference {change:+.2%}, at most {LIMIT:.0%} is expected")
+    if args.json:
+        options = {"steps": args.steps, "bytes": args.bytes}
+        found = {"env": environment("cpu"), "options": options, "rows": rows, "mean": change}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return int(change > LIMIT)
 
 
 if __name__ == "__main__":
