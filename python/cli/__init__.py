@@ -39,6 +39,11 @@ COMMANDS = {
 CODES = "exit codes: 0 fine, 1 usage, 2 a wrong result, 3 slower than the limit, 4 the environment"
 
 
+def exit_code(error: Exception) -> int:
+    """Of a command that failed: a wrong value is the user's, anything else the machine's."""
+    return USAGE if isinstance(error, (ValueError, TypeError)) else ENVIRONMENT
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a usage error is exit code 1 (2 means a wrong result here), and says where to read on."""
 

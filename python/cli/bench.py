@@ -101,19 +101,12 @@ class Chosen:
 
 
 def run(args) -> int:
-    if args.graph and args.mode == "backward":
-        # Autograd runs a backward on the stream of its forward, which lies outside the capture.
-        print("--graph captures forward or step: gradients alone cannot be captured")
-        return cli.USAGE
     try:
         check(args)
         device = args.device or "cuda" if args.dry_run else arguments.device(args)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         print(error)
-        return cli.USAGE
-    except RuntimeError as error:
-        print(error)
-        return cli.ENVIRONMENT
+        return cli.exit_code(error)
     if args.graph and device == "cpu" and not args.dry_run:
         print("--graph needs a GPU")
         return cli.USAGE
@@ -139,6 +132,7 @@ def check(args) -> None:
     """ValueError for what would be found to be wrong after minutes of measurement only, or silently do nothing."""
     from tigon.bench.peers import find
 
+    arguments.capturable(args)
     arguments.known_somewhere(arguments.ops(args.op), args.shape, args.variant)
     find.names(peers_of(args))
     given = {kind: path for kind in bench_output.FILES if (path := getattr(args, kind))}
@@ -197,12 +191,10 @@ def guarded(function, case: Chosen, *args) -> int:
     """What the function says, or the exit code of what went wrong; other cases go on."""
     try:
         return function(case, *args)
-    except (ValueError, TypeError) as error:
-        print(f"{case.op}: {str(error).removeprefix(f'{case.op}: ')}\n")
-        return cli.USAGE
-    except RuntimeError as error:
-        print(f"{case.op}: {str(error).splitlines()[0].removeprefix(f'{case.op}: ')}\n")
-        return cli.ENVIRONMENT
+    except (ValueError, TypeError, RuntimeError) as error:
+        said = str(error).splitlines()[0] if isinstance(error, RuntimeError) else str(error)
+        print(f"{case.op}: {said.removeprefix(f'{case.op}: ')}\n")
+        return cli.exit_code(error)
 
 
 def dry_run(case: Chosen, args, device: str) -> int:

@@ -24,12 +24,9 @@ def run(args) -> int:
     try:
         arguments.known_somewhere(ops, args.shape, args.variant)
         device = arguments.device(args)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         print(error)
-        return cli.USAGE
-    except RuntimeError as error:
-        print(error)
-        return cli.ENVIRONMENT
+        return cli.exit_code(error)
     dtype = getattr(torch, args.dtype)
     wrong = []
     several = len(ops) > 1
@@ -45,12 +42,9 @@ def run(args) -> int:
             try:
                 chosen = tigon.explain(op, **work.call())
                 rows = verify.verify(work)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RuntimeError) as error:
                 print(error)
-                return cli.USAGE
-            except RuntimeError as error:
-                print(error)
-                return cli.ENVIRONMENT
+                return cli.exit_code(error)
         show(chosen, work, rows)
         wrong += [" ".join((op, *filter(None, (variant, row.name)))) for row in rows if not row.ok]
     if wrong:

@@ -9,8 +9,6 @@ from dataclasses import asdict, is_dataclass
 from tigon import cli
 from tigon.cli import arguments
 
-ARCHS = (80, 90, 100, 120)
-
 
 def add_arguments(parser) -> None:
     arguments.add_case(parser)
@@ -37,12 +35,9 @@ def run(args) -> int:
         arch = args.arch or own_arch()
         with arguments.backend(args):
             found = tigon.explain(args.op, **work.call(), arch=arch)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         print(error)
-        return cli.USAGE
-    except RuntimeError as error:
-        print(error)
-        return cli.ENVIRONMENT
+        return cli.exit_code(error)
     if args.json:
         print(json.dumps(described(found, sizes, args.dtype), indent=2))
     else:

@@ -56,20 +56,14 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     import torch
 
-    if args.graph and args.mode == "backward":
-        print("--graph captures forward or step: gradients alone cannot be captured")
-        return cli.USAGE
     try:
+        arguments.capturable(args)
         arguments.known_somewhere(arguments.ops(args.op), args.shape, args.variant)
     except ValueError as error:
         print(error)
         return cli.USAGE
     device = args.device or "cuda"
     codes, several = [cli.OK], len(arguments.ops(args.op)) > 1
-    if args.graph and args.mode == "backward":
-        # Autograd runs a backward on the stream of its forward, which lies outside the capture.
-        print("--graph captures forward or step: gradients alone cannot be captured")
-        return cli.USAGE
     cases = []
     for op in arguments.ops(args.op):
         if OPS[op].kind == "cuda":
@@ -98,15 +92,12 @@ def guarded(function, op: str, *args) -> int:
 
     try:
         return function(op, *args)
-    except (ValueError, TypeError) as error:
-        print(f"{op}: {error}\n")
-        return cli.USAGE
     except Wrong as error:
         print(f"WRONG: {error}\n")
         return cli.WRONG_RESULT
-    except RuntimeError as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         print(f"{op}: {error}\n")
-        return cli.ENVIRONMENT
+        return cli.exit_code(error)
 
 
 def sizes_of(op: str, args, device: str, several: bool) -> dict[str, int]:
