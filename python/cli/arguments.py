@@ -152,7 +152,7 @@ def add_mode(parser: argparse.ArgumentParser) -> None:
 
 
 def capturable(args: argparse.Namespace) -> None:
-    """ValueError for --graph of gradients alone: autograd runs them on the stream of their forward, not on the graph's."""
+    """ValueError for --graph of gradients alone: autograd runs them on the stream of their forward, not the graph's."""
     if args.graph and args.mode == "backward":
         raise ValueError("--graph captures forward or step: gradients alone cannot be captured")
 
